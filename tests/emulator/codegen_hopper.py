@@ -1,0 +1,1 @@
+"""Emitters of the Hopper instructions: mbarrier, bulk copies, wgmma, clusters."""
