@@ -73,3 +73,18 @@ struct BackwardParams {
     Shape shape;
     Schedule schedule;
 };
+
+constexpr int MERGE_MAX_PARTS = 32;  // one lane of a warp per part
+
+struct MergeParams {
+    const void* outs[MERGE_MAX_PARTS];   // each [B, H, Lq, Dv], contiguous, Element or float
+    const float* lses[MERGE_MAX_PARTS];  // each [B, H, Lq], contiguous
+    void* out;                           // [*B, H, Lq, Dv]
+    float* lse;                          // [B, H, Lq], contiguous
+    i64 rows;                            // B * H * Lq
+    int parts, head_dim_v;
+    Strides out_strides;
+    int batch_extent[MAX_BATCH_AXES];
+    int heads, len_q;
+    int outs_are_float, out_is_float;
+};

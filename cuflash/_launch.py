@@ -1,0 +1,278 @@
+"""What runs on the stream: allocate, fill one params struct, launch a Plan.
+
+A prepared call has everything that does not depend on addresses: the loaded kernels, the packed struct, which arrays need an internal
+copy. A warm call then costs an allocation, a few additions of bytes and the launch itself.
+
+Kernels take any row, head and batch strides, but columns must be contiguous and strides whole elements; an array that breaks this
+is copied (inputs) or computed beside and copied back (outputs), on the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cuflash import _params, _plan
+from cuflash._device import Device
+from cuflash._order import axes_by_stride
+from cuflash._problem import Problem
+
+LSE_DTYPE = np.dtype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Shape and strides of an array as a kernel will see it, after any internal copy."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    copied: bool
+
+
+def kernel_view(array: Any) -> View:
+    """How a kernel sees `array`: as it is when its columns are contiguous, else as a C-ordered copy."""
+    shape, itemsize = tuple(array.shape), array.dtype.itemsize
+    columns_ok = shape[-1] <= 1 or array.strides[-1] == itemsize
+    if columns_ok and all(s % itemsize == 0 for s in array.strides):
+        return View(shape, tuple(s // itemsize for s in array.strides), False)
+    return contiguous_view(shape)
+
+
+def contiguous_view(shape: tuple[int, ...], copied: bool = True) -> View:
+    """A C-ordered array of `shape`."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(1, extent)
+    return View(shape, tuple(reversed(strides)), copied)
+
+
+def batch_strides(view: View, batch: tuple[int, ...], trailing: int) -> list[int]:
+    """Strides along the Problem's batch axes; 0 where the array is broadcast."""
+    own = view.shape[: len(view.shape) - trailing]
+    steps = view.strides[: len(own)]
+    return [0 if extent == 1 else step for extent, step in zip(own, steps, strict=True)] or [
+        0 for _ in batch
+    ]
+
+
+def merge_axes(
+    batch: Sequence[int], strides: Mapping[str, Sequence[int]]
+) -> tuple[list[int], dict[str, list[int]]]:
+    """Fewest batch axes that give the same addresses in every array.
+
+    Two neighbouring axes are one when every array steps over the outer by the inner's whole length.
+    """
+    extents: list[int] = []
+    merged: dict[str, list[int]] = {name: [] for name in strides}
+    for axis, extent in enumerate(batch):
+        if extent == 1:
+            continue
+        steps = {name: s[axis] for name, s in strides.items()}
+        if extents and all(merged[name][-1] == steps[name] * extent for name in strides):
+            extents[-1] *= extent
+            for name in strides:
+                merged[name][-1] = steps[name]
+        else:
+            extents.append(extent)
+            for name in strides:
+                merged[name].append(steps[name])
+    return extents, merged
+
+
+class Views:
+    """The kernel views of a call's arrays with their batch axes merged to at most four."""
+
+    def __init__(self, problem: Problem, arrays: Mapping[str, Any], trailing: Mapping[str, int]):
+        self._problem = problem
+        self._trailing = trailing
+        self.views = {name: kernel_view(array) for name, array in arrays.items()}
+        if not self._merge():
+            # Too many unmergeable axes for the params struct: C-ordered copies merge into one.
+            for name, array in arrays.items():
+                full = problem.batch + tuple(array.shape)[len(array.shape) - trailing[name] :]
+                self.views[name] = contiguous_view(full)
+            self._merge()
+
+    def _merge(self) -> bool:
+        steps = {
+            name: batch_strides(view, self._problem.batch, self._trailing[name])
+            for name, view in self.views.items()
+        }
+        self.extents, self.batch = merge_axes(self._problem.batch, steps)
+        return len(self.extents) <= _params.MAX_BATCH_AXES
+
+    def fill(self, struct: np.ndarray, name: str) -> None:
+        """Write one array's Strides."""
+        pad = _params.MAX_BATCH_AXES - len(self.extents)
+        view = self.views[name]
+        struct["batch"] = [0] * pad + self.batch[name]
+        head, row = {
+            3: (view.strides[-3:-1] if len(view.strides) >= 3 else (0, 0)),
+            2: view.strides[-2:],
+            1: (view.strides[-1], 0),
+        }[self._trailing[name]]
+        struct["head"], struct["row"] = head, row
+
+    @property
+    def batch_extent(self) -> list[int]:
+        """Merged extents, slowest first, padded with 1."""
+        return [1] * (_params.MAX_BATCH_AXES - len(self.extents)) + self.extents
+
+    def input(self, name: str, array: Any, xp: Any) -> Any:
+        """The array a kernel reads: itself, or a fresh copy."""
+        view = self.views[name]
+        if not view.copied:
+            return array
+        return xp.ascontiguousarray(xp.broadcast_to(array, view.shape))
+
+
+# The last axes of each array that are not batch axes: (H, L, D), (H, L) or (H,).
+TRAILING = {
+    **{name: 3 for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
+    **{name: 2 for name in ("lse", "dlse")},
+    **{name: 1 for name in ("slope", "dslope")},
+}
+
+
+def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -> None:
+    """Write the Shape part of a params struct."""
+    lowest, highest = -problem.len_q - 1, problem.len_k + 1
+
+    def clamp(bound: int) -> int:
+        return max(lowest, min(highest, bound))
+
+    struct["batch_extent"] = views.batch_extent
+    struct["batch"] = int(np.prod(problem.batch, dtype=np.int64))
+    struct["heads"], struct["heads_kv"] = problem.heads, problem.heads_kv
+    struct["group"] = problem.heads // problem.heads_kv
+    struct["len_q"], struct["len_k"] = problem.len_q, problem.len_k
+    struct["head_dim"], struct["head_dim_v"] = problem.head_dim, problem.head_dim_v
+    left, right, offset = problem.left, problem.right, problem.q_offset
+    struct["band_low"] = lowest if left is None else clamp(offset - left)
+    struct["band_high"] = highest if right is None else clamp(offset + right)
+    struct["q_offset"] = offset if problem.alibi else 0
+    struct["scale"] = problem.scale
+    struct["softcap"] = problem.softcap or 0.0
+    struct["flags"] = flags
+
+
+def vector_flags(views: Views, itemsize: int, addresses: Mapping[str, int]) -> int:
+    """FLAG_*_VECTOR of every array whose rows all start on 16-byte boundaries."""
+    flags = 0
+    for name, bit in _params.VECTOR_FLAGS.items():
+        view = views.views.get(name)
+        if view is None:
+            continue
+        steps = (step for step, n in zip(view.strides[:-1], view.shape[:-1], strict=True) if n > 1)
+        aligned_base = view.copied or addresses[name] % 16 == 0
+        if aligned_base and all(step * itemsize % 16 == 0 for step in steps):
+            flags |= bit
+    return flags
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One launch, ready but for its pointers."""
+
+    kernel: Callable[[int, int, int, bytes], None]
+    grid: int
+    block: int
+    shared_memory: int
+    pack: _params.Packer
+
+    def __call__(self, pointers: Sequence[int]) -> None:
+        self.kernel(self.grid, self.block, self.shared_memory, self.pack(*pointers))
+
+
+def steps_of(plan: _plan.Plan, device: Device, struct: np.ndarray, pointers: int) -> list[Step]:
+    """Load a Plan's kernels and pack the struct once per launch (they differ in the schedule)."""
+    steps = []
+    for launch in plan.launches:
+        schedule = launch.schedule
+        struct["schedule"]["tiles"] = schedule.tiles
+        struct["schedule"]["heads_per_section"] = schedule.heads_per_section
+        struct["schedule"]["longest_last"] = schedule.longest_last
+        kernel = device.load(launch.spec)
+        packer = _params.Packer(struct, pointers)
+        steps.append(Step(kernel, launch.grid, launch.block, launch.shared_memory, packer))
+    return steps
+
+
+class OrderedEmpty:
+    """Allocates a dense result whose axes lie in memory in the order of a reference array's."""
+
+    def __init__(self, shape: tuple[int, ...], reference: Any) -> None:
+        order = axes_by_stride(reference) if len(shape) == reference.ndim else list(range(len(shape)))
+        self._dense = tuple(shape[axis] for axis in order)
+        self._inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
+        self._plain = order == list(range(len(order)))
+
+    def __call__(self, device: Device, dtype: Any) -> Any:
+        dense = device.empty(self._dense, dtype)
+        return dense if self._plain else dense.transpose(self._inverse)
+
+
+class PreparedForward:
+    """A forward call with everything but the arrays; reusable for arrays of the same metadata."""
+
+    def __init__(
+        self, device: Device, problem: Problem, arrays: Mapping[str, Any], out: Any | None
+    ) -> None:
+        self._device, self._problem = device, problem
+        self._out_shape = (*problem.batch, problem.heads, problem.len_q, problem.head_dim_v)
+        self._lse_shape = self._out_shape[:-1]
+        self._new_out = OrderedEmpty(self._out_shape, arrays["q"])
+        self._empty = 0 in self._lse_shape or problem.len_k == 0
+        if self._empty:
+            return
+        q = arrays["q"]
+        if out is None:
+            out = self._new_out(device, q.dtype)
+        known = {"q": q, "k": arrays["k"], "v": arrays["v"], "out": out}
+        slopes = arrays.get("alibi_slopes")
+        if slopes is not None:
+            known["slope"] = slopes
+        self._views = Views(problem, known, TRAILING)
+        addresses = {name: device.pointer(array) for name, array in known.items()}
+        flags = vector_flags(self._views, q.dtype.itemsize, addresses)
+        if slopes is not None and slopes.dtype.itemsize == 2:
+            flags |= _params.FLAG_SLOPES_16BIT
+        struct = np.zeros((), _params.FORWARD)
+        for name in known:
+            self._views.fill(struct[f"{name}_strides"], name)
+        fill_shape(struct["shape"], problem, self._views, flags)
+        plan = _plan.plan(problem, device)
+        (self._step,) = steps_of(plan, device, struct, len(_params.FORWARD_POINTERS))
+        self._copies = any(view.copied for view in self._views.views.values())
+
+    def __call__(
+        self, q: Any, k: Any, v: Any, slopes: Any | None, out: Any | None
+    ) -> tuple[Any, Any]:
+        """Run on the current stream; returns (out, lse)."""
+        device = self._device
+        with device.activate():
+            if out is None:
+                out = self._new_out(device, q.dtype)
+            lse = device.empty(self._lse_shape, LSE_DTYPE)
+            if self._empty:
+                out[...] = 0
+                lse[...] = -np.inf
+                return out, lse
+            target = out
+            if self._copies:
+                xp, views = device.xp, self._views
+                q, k, v = (views.input(n, a, xp) for n, a in (("q", q), ("k", k), ("v", v)))
+                if slopes is not None:
+                    slopes = views.input("slope", slopes, xp)
+                if views.views["out"].copied:
+                    target = device.empty(views.views["out"].shape, out.dtype)
+            at = device.pointer
+            slope_at = 0 if slopes is None else at(slopes)
+            self._step((at(q), at(k), at(v), at(target), at(lse), slope_at))
+            if target is not out:
+                out[...] = target
+            return out, lse

@@ -1,0 +1,84 @@
+"""Merging partial results on the device: kernels_cu/merge.cuh, 32 parts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cuflash import _params
+from cuflash._compile import Specialization
+from cuflash._device import Device
+from cuflash._launch import LSE_DTYPE, OrderedEmpty, contiguous_view, kernel_view, merge_axes
+
+WARPS = 4
+FLOAT = np.dtype(np.float32)
+
+
+def specialization(arch: str, element: str) -> Specialization:
+    """The merge kernel of one element type."""
+    constants = (("WARPS", WARPS), ("MIN_BLOCKS", 1))
+    return Specialization("merge", arch, element, 0, 0, "", constants=constants)
+
+
+def merge(
+    device: Device, outs: Sequence[Any], lses: Sequence[Any], out: Any | None
+) -> tuple[Any, Any]:
+    """Merge parts; every out is (*B, H, Lq, Dv), every lse (*B, H, Lq) float32."""
+    first = outs[0]
+    shape = tuple(first.shape)
+    if out is None:
+        out = OrderedEmpty(shape, first)(device, first.dtype)
+    with device.activate():
+        if 0 in shape[:-1]:
+            return out, device.empty(shape[:-1], LSE_DTYPE)
+        xp = device.xp
+        outs = [xp.ascontiguousarray(part) for part in outs]
+        lses = [xp.ascontiguousarray(part) for part in lses]
+        while len(outs) > _params.MERGE_MAX_PARTS:
+            # A tree of float32 partial results: rounding to the element type happens once, at the end.
+            size = _params.MERGE_MAX_PARTS
+            groups = range(0, len(outs), size)
+            level = [
+                _merge_once(device, outs[g : g + size], lses[g : g + size], None, first.dtype)
+                for g in groups
+            ]
+            outs, lses = [part for part, _ in level], [part for _, part in level]
+        return _merge_once(device, outs, lses, out, first.dtype)
+
+
+def _merge_once(
+    device: Device, outs: Sequence[Any], lses: Sequence[Any], out: Any | None, dtype: np.dtype
+) -> tuple[Any, Any]:
+    """One launch over at most 32 contiguous parts, into `out` or a new float32 array."""
+    shape = tuple(outs[0].shape)
+    lse = device.empty(shape[:-1], LSE_DTYPE)
+    if out is None:
+        out = device.empty(shape, FLOAT)
+    view = kernel_view(out)
+    extents, merged = merge_axes(shape[:-3], {"out": view.strides[:-3]})
+    copied = view.copied or len(extents) > _params.MAX_BATCH_AXES
+    if copied:
+        view = contiguous_view(shape)
+        extents, merged = merge_axes(shape[:-3], {"out": view.strides[:-3]})
+    target = device.empty(shape, out.dtype) if copied else out
+    pad = _params.MAX_BATCH_AXES - len(extents)
+    struct = np.zeros((), _params.MERGE)
+    struct["outs"][: len(outs)] = [device.pointer(part) for part in outs]
+    struct["lses"][: len(lses)] = [device.pointer(part) for part in lses]
+    struct["out"], struct["lse"] = device.pointer(target), device.pointer(lse)
+    rows = int(np.prod(shape[:-1], dtype=np.int64))
+    struct["rows"], struct["parts"], struct["head_dim_v"] = rows, len(outs), shape[-1]
+    struct["out_strides"]["batch"] = [0] * pad + merged["out"]
+    struct["out_strides"]["head"], struct["out_strides"]["row"] = view.strides[-3:-1]
+    struct["batch_extent"] = [1] * pad + extents
+    struct["heads"], struct["len_q"] = shape[-3], shape[-2]
+    struct["outs_are_float"] = outs[0].dtype == FLOAT
+    struct["out_is_float"] = out.dtype == FLOAT
+    element = "bf16" if dtype.name == "bfloat16" and device.arch != "sm_75" else "f16"
+    kernel = device.load(specialization(device.arch, element))
+    kernel(-(-rows // WARPS), WARPS * 32, 0, struct.tobytes())
+    if copied:
+        out[...] = target
+    return out, lse
