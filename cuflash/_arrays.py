@@ -1,0 +1,227 @@
+"""Where arrays live, what is known of one without reading it, and whether two share memory.
+
+NumPy arrays, CuPy arrays and everything that can be seen as a CuPy array without a copy (DLPack,
+`__cuda_array_interface__`) meet here and nowhere else. CuPy is imported when the first CUDA array arrives.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuflash._device import Device, device_override
+from cuflash._errors import Seen, UnsupportedError, kind_of
+
+# DLPack device types whose memory a CUDA kernel can read: kDLCUDA, kDLCUDAManaged.
+_DLPACK_CUDA = (2, 13)
+# Effort for the exact test whether two interleaved arrays share an element; what is harder counts as sharing.
+_OVERLAP_WORK = 100_000
+
+
+class Meta(NamedTuple):
+    """What the checks may know of an array: everything but its contents and its exact address."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: np.dtype
+    offset: int = 0  # address modulo 16; 0 where alignment makes no difference
+    writable: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def empty(self) -> bool:
+        return 0 in self.shape
+
+    def swapped(self, first: int, second: int) -> Meta:
+        """With two axes exchanged."""
+        shape, strides = list(self.shape), list(self.strides)
+        shape[first], shape[second] = shape[second], shape[first]
+        strides[first], strides[second] = strides[second], strides[first]
+        return self._replace(shape=tuple(shape), strides=tuple(strides))
+
+    def expanded(self) -> Meta:
+        """With a leading axis of extent 1."""
+        return self._replace(shape=(1, *self.shape), strides=(0, *self.strides))
+
+    def span(self) -> tuple[int, int]:
+        """First and one-past-last byte, relative to the address of element 0; (0, 0) for an empty array."""
+        if self.empty:
+            return 0, 0
+        steps = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]
+        return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + self.itemsize
+
+    def overlaps_itself(self) -> bool:
+        """False only when no two elements share a byte, seen by nesting: each axis steps over all faster ones."""
+        if self.empty:
+            return False
+        axes = sorted((abs(step), n) for n, step in zip(self.shape, self.strides, strict=True) if n > 1)
+        reach = self.itemsize
+        for step, n in axes:
+            if step < reach:
+                return True
+            reach += step * (n - 1)
+        return False
+
+
+def address_of(array: Any) -> int:
+    """Address of element 0, in host or device memory."""
+    if isinstance(array, np.ndarray):
+        return array.__array_interface__["data"][0]
+    return array.data.ptr
+
+
+def signature(array: Any, on_device: bool) -> tuple[Any, ...]:
+    """Hashable metadata, in the order of Meta's fields; all that a prepared call depends on."""
+    offset = address_of(array) % 16 if on_device else 0
+    # CuPy has no read-only arrays.
+    writable = array.flags.writeable if isinstance(array, np.ndarray) else True
+    return array.shape, array.strides, array.dtype, offset, writable
+
+
+# ---- adoption
+
+
+def adopt(
+    names: Sequence[str],
+    objects: Sequence[Any],
+    required: int,
+    options: Callable[[], Mapping[str, Any]],
+) -> tuple[Sequence[Any], Device | None]:
+    """NumPy or CuPy arrays that share the memory of `objects`, and the device they run on.
+
+    Parameters
+    ----------
+    names, objects
+        Arguments; None for those not given.
+    required
+        How many of them, from the first, must be given.
+    options
+        Makes the option values by name, for messages.
+
+    Returns
+    -------
+    arrays, device
+        `device` is None for the CPU backend.
+
+    Raises
+    ------
+    TypeError
+        Something is no array, or NumPy and CUDA arrays are mixed.
+    ValueError
+        CUDA arrays of several GPUs.
+    """
+    for place, array in enumerate(objects):
+        if type(array) is not np.ndarray and (array is not None or place < required):
+            break
+    else:
+        return objects, device_override()
+    seen = Seen(dict(zip(names, objects, strict=True)), options())
+    arrays = [
+        None if x is None and place >= required else _adopt_one(name, x, seen)
+        for place, (name, x) in enumerate(zip(names, objects, strict=True))
+    ]
+    homes = {name: home_of(x) for name, x in zip(names, arrays, strict=True) if x is not None}
+    _check_homes(homes, seen)
+    if isinstance(arrays[0], np.ndarray):
+        return arrays, device_override()
+    from cuflash import _cupy_device
+
+    return arrays, _cupy_device.device_of(arrays[0])
+
+
+def _check_homes(homes: Mapping[str, str], seen: Seen) -> None:
+    first_name, first = next(iter(homes.items()))
+    for name, home in homes.items():
+        if home == first:
+            continue
+        if "numpy" in (home, first):
+            word = {True: "a NumPy array", False: "a CUDA array"}
+            raise seen.error(
+                TypeError,
+                f"{name} is {word[home == 'numpy']}, {first_name} is {word[first == 'numpy']}.",
+                "move all arrays to one side, with cupy.asarray or cupy.asnumpy.",
+            )
+        raise seen.error(
+            ValueError,
+            f"{name} is on {home}, {first_name} is on {first}.",
+            "copy all arrays to one GPU.",
+        )
+
+
+def home_of(array: Any) -> str:
+    """"numpy" or "cuda:0"."""
+    return "numpy" if isinstance(array, np.ndarray) else f"cuda:{array.data.device_id}"
+
+
+def _adopt_one(name: str, x: Any, seen: Seen) -> Any:
+    if isinstance(x, np.ndarray):
+        if isinstance(x, np.ma.MaskedArray):
+            raise seen.error(
+                TypeError,
+                f"{name} is a masked array, and its mask would be ignored.",
+                "pass x.filled(...).",
+            )
+        return np.asarray(x)
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return x
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        if int(x.__dlpack_device__()[0]) in _DLPACK_CUDA:
+            return _import_cupy(name, x, seen).from_dlpack(x)
+        raise seen.error(
+            TypeError,
+            f"{name} is {kind_of(x)} outside CUDA memory, not a NumPy array.",
+            "numpy.from_dlpack(x) or numpy.asarray(x) for the CPU backend.",
+        )
+    if hasattr(x, "__cuda_array_interface__"):
+        return _import_cupy(name, x, seen).asarray(x)
+    raise seen.error(
+        TypeError,
+        f"{name} is {'None' if x is None else kind_of(x)}, not an array.",
+        "numpy.asarray(x), or cupy.asarray(x) for a GPU.",
+    )
+
+
+def _import_cupy(name: str, x: Any, seen: Seen) -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise seen.error(
+            UnsupportedError,
+            f"{name} is {kind_of(x)} in CUDA memory, and CuPy cannot be imported ({error}).",
+            'pip install "cuflash[cuda12]" or "cuflash[cuda13]".',
+        ) from error
+    return cupy
+
+
+# ---- overlap
+
+
+class _Memory:
+    """An address range in NumPy's clothes, so that `numpy.shares_memory` can judge device arrays too."""
+
+    def __init__(self, array: Any) -> None:
+        self.__array_interface__ = {
+            "shape": tuple(array.shape),
+            "strides": tuple(array.strides),
+            "typestr": f"|V{array.dtype.itemsize}",
+            "data": (address_of(array), False),
+            "version": 3,
+        }
+
+
+def share_memory(first: Any, second: Any) -> bool:
+    """True when two arrays have a byte in common; nothing is read."""
+    if 0 in first.shape or 0 in second.shape:
+        return False
+    views = [x if isinstance(x, np.ndarray) else np.asarray(_Memory(x)) for x in (first, second)]
+    try:
+        return np.shares_memory(*views, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
