@@ -32,10 +32,10 @@ class View:
     copied: bool
 
 
-def kernel_view(array: Any) -> View:
+def kernel_view(array: Any, has_columns: bool = True) -> View:
     """How a kernel sees `array`: as it is when its columns are contiguous, else as a C-ordered copy."""
     shape, itemsize = tuple(array.shape), array.dtype.itemsize
-    columns_ok = shape[-1] <= 1 or array.strides[-1] == itemsize
+    columns_ok = not has_columns or shape[-1] <= 1 or array.strides[-1] == itemsize
     if columns_ok and all(s % itemsize == 0 for s in array.strides):
         return View(shape, tuple(s // itemsize for s in array.strides), False)
     return contiguous_view(shape)
@@ -83,23 +83,31 @@ def merge_axes(
     return extents, merged
 
 
+# The last axes of each array that are not batch axes: (H, L, D), (H, L) or (H,).
+TRAILING = {
+    **{name: 3 for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
+    **{name: 2 for name in ("lse", "dlse")},
+    **{name: 1 for name in ("slope", "dslope")},
+}
+
+
 class Views:
     """The kernel views of a call's arrays with their batch axes merged to at most four."""
 
-    def __init__(self, problem: Problem, arrays: Mapping[str, Any], trailing: Mapping[str, int]):
+    def __init__(self, problem: Problem, views: Mapping[str, View]):
         self._problem = problem
-        self._trailing = trailing
-        self.views = {name: kernel_view(array) for name, array in arrays.items()}
+        self.views = dict(views)
         if not self._merge():
             # Too many unmergeable axes for the params struct: C-ordered copies merge into one.
-            for name, array in arrays.items():
-                full = problem.batch + tuple(array.shape)[len(array.shape) - trailing[name] :]
+            for name, view in views.items():
+                full = problem.batch + view.shape[len(view.shape) - TRAILING[name] :]
                 self.views[name] = contiguous_view(full)
             self._merge()
+        self.copies = any(view.copied for view in self.views.values())
 
     def _merge(self) -> bool:
         steps = {
-            name: batch_strides(view, self._problem.batch, self._trailing[name])
+            name: batch_strides(view, self._problem.batch, TRAILING[name])
             for name, view in self.views.items()
         }
         self.extents, self.batch = merge_axes(self._problem.batch, steps)
@@ -110,12 +118,12 @@ class Views:
         pad = _params.MAX_BATCH_AXES - len(self.extents)
         view = self.views[name]
         struct["batch"] = [0] * pad + self.batch[name]
-        head, row = {
-            3: (view.strides[-3:-1] if len(view.strides) >= 3 else (0, 0)),
-            2: view.strides[-2:],
-            1: (view.strides[-1], 0),
-        }[self._trailing[name]]
-        struct["head"], struct["row"] = head, row
+        if TRAILING[name] == 3:
+            struct["head"], struct["row"] = view.strides[-3:-1]
+        elif TRAILING[name] == 2:
+            struct["head"], struct["row"] = view.strides[-2:]
+        else:
+            struct["head"] = view.strides[-1]
 
     @property
     def batch_extent(self) -> list[int]:
@@ -125,17 +133,9 @@ class Views:
     def input(self, name: str, array: Any, xp: Any) -> Any:
         """The array a kernel reads: itself, or a fresh copy."""
         view = self.views[name]
-        if not view.copied:
+        if array is None or not view.copied:
             return array
         return xp.ascontiguousarray(xp.broadcast_to(array, view.shape))
-
-
-# The last axes of each array that are not batch axes: (H, L, D), (H, L) or (H,).
-TRAILING = {
-    **{name: 3 for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
-    **{name: 2 for name in ("lse", "dlse")},
-    **{name: 1 for name in ("slope", "dslope")},
-}
 
 
 def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -> None:
@@ -168,7 +168,8 @@ def vector_flags(views: Views, itemsize: int, addresses: Mapping[str, int]) -> i
         if view is None:
             continue
         steps = (step for step, n in zip(view.strides[:-1], view.shape[:-1], strict=True) if n > 1)
-        aligned_base = view.copied or addresses[name] % 16 == 0
+        # What is still to be allocated starts on a boundary.
+        aligned_base = view.copied or addresses.get(name, 0) % 16 == 0
         if aligned_base and all(step * itemsize % 16 == 0 for step in steps):
             flags |= bit
     return flags
@@ -210,6 +211,8 @@ class OrderedEmpty:
         self._dense = tuple(shape[axis] for axis in order)
         self._inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
         self._plain = order == list(range(len(order)))
+        dense = contiguous_view(self._dense).strides
+        self.view = View(shape, tuple(dense[place] for place in self._inverse), False)
 
     def __call__(self, device: Device, dtype: Any) -> Any:
         dense = device.empty(self._dense, dtype)
@@ -229,25 +232,23 @@ class PreparedForward:
         self._empty = 0 in self._lse_shape or problem.len_k == 0
         if self._empty:
             return
-        q = arrays["q"]
-        if out is None:
-            out = self._new_out(device, q.dtype)
-        known = {"q": q, "k": arrays["k"], "v": arrays["v"], "out": out}
         slopes = arrays.get("alibi_slopes")
-        if slopes is not None:
-            known["slope"] = slopes
-        self._views = Views(problem, known, TRAILING)
-        addresses = {name: device.pointer(array) for name, array in known.items()}
-        flags = vector_flags(self._views, q.dtype.itemsize, addresses)
+        given = {"q": arrays["q"], "k": arrays["k"], "v": arrays["v"], "out": out, "slope": slopes}
+        given = {name: array for name, array in given.items() if array is not None}
+        found = {name: kernel_view(a, TRAILING[name] == 3) for name, a in given.items()}
+        if out is None:
+            found["out"] = self._new_out.view
+        self._views = Views(problem, found)
+        addresses = {name: device.pointer(array) for name, array in given.items()}
+        flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
         if slopes is not None and slopes.dtype.itemsize == 2:
             flags |= _params.FLAG_SLOPES_16BIT
         struct = np.zeros((), _params.FORWARD)
-        for name in known:
+        for name in found:
             self._views.fill(struct[f"{name}_strides"], name)
         fill_shape(struct["shape"], problem, self._views, flags)
         plan = _plan.plan(problem, device)
         (self._step,) = steps_of(plan, device, struct, len(_params.FORWARD_POINTERS))
-        self._copies = any(view.copied for view in self._views.views.values())
 
     def __call__(
         self, q: Any, k: Any, v: Any, slopes: Any | None, out: Any | None
@@ -263,11 +264,10 @@ class PreparedForward:
                 lse[...] = -np.inf
                 return out, lse
             target = out
-            if self._copies:
+            if self._views.copies:
                 xp, views = device.xp, self._views
                 q, k, v = (views.input(n, a, xp) for n, a in (("q", q), ("k", k), ("v", v)))
-                if slopes is not None:
-                    slopes = views.input("slope", slopes, xp)
+                slopes = views.input("slope", slopes, xp)
                 if views.views["out"].copied:
                     target = device.empty(views.views["out"].shape, out.dtype)
             at = device.pointer

@@ -10,6 +10,7 @@ import numpy as np
 from cuflash import _params
 from cuflash._compile import Specialization
 from cuflash._device import Device
+from cuflash._errors import UnsupportedError
 from cuflash._launch import LSE_DTYPE, OrderedEmpty, contiguous_view, kernel_view, merge_axes
 
 WARPS = 4
@@ -76,7 +77,13 @@ def _merge_once(
     struct["heads"], struct["len_q"] = shape[-3], shape[-2]
     struct["outs_are_float"] = outs[0].dtype == FLOAT
     struct["out_is_float"] = out.dtype == FLOAT
-    element = "bf16" if dtype.name == "bfloat16" and device.arch != "sm_75" else "f16"
+    element = "bf16" if dtype.name == "bfloat16" else "f16"
+    if element == "bf16" and device.arch == "sm_75":
+        raise UnsupportedError(
+            "no kernel for merge_attention · bfloat16 · sm_75.\n"
+            "  merge        bfloat16 needs sm_80 or newer\n"
+            "  Nearest supported: float16, or NumPy arrays (CPU backend)."
+        )
     kernel = device.load(specialization(device.arch, element))
     kernel(-(-rows // WARPS), WARPS * 32, 0, struct.tobytes())
     if copied:

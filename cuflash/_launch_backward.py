@@ -1,0 +1,148 @@
+"""Backward on the stream: workspaces, gradient buffers, the launches of a backward Plan.
+
+A gradient has the shape and memory order of its argument. Kernels write straight into it unless its columns are not contiguous (then
+into a buffer that is copied back) or its argument was broadcast along a batch axis (then into one gradient per batch element, which are
+summed in float32, in a fixed order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cuflash import _params, _plan
+from cuflash._device import Device
+from cuflash._launch import (
+    TRAILING,
+    OrderedEmpty,
+    View,
+    Views,
+    contiguous_view,
+    fill_shape,
+    kernel_view,
+    steps_of,
+    vector_flags,
+)
+from cuflash._problem import Problem
+
+# The argument, its gradient's name in the params struct, and its view's name.
+GRADIENTS = {"q": "dq", "k": "dk", "v": "dv", "alibi_slopes": "dslope"}
+POINTER = {"dslope": "dslopes", "slope": "alibi_slopes"}
+
+
+class Target:
+    """Where a kernel writes one gradient, and how that becomes the user's array."""
+
+    def __init__(self, problem: Problem, argument: Any, given: Any | None, name: str) -> None:
+        shape = tuple(argument.shape)
+        self.new = OrderedEmpty(shape, argument)
+        own = self.new.view if given is None else kernel_view(given, TRAILING[name] == 3)
+        batch = shape[: len(shape) - TRAILING[name]]
+        self.full = problem.batch + shape[len(batch) :]
+        # Slopes sum over what they are broadcast along in their own kernel.
+        broadcast = name != "dslope" and batch != problem.batch
+        self.summed = tuple(
+            axis for axis, (a, b) in enumerate(zip(batch, problem.batch, strict=False)) if a != b
+        )
+        if not broadcast:
+            self.summed = ()
+        self.view: View = contiguous_view(self.full) if broadcast else own
+
+    def finish(self, written: Any, result: Any) -> None:
+        """Bring what the kernel wrote into the user's array."""
+        if written is result:
+            return
+        if self.summed:
+            total = written.astype(np.float32).sum(axis=self.summed, keepdims=True)
+            result[...] = total.astype(result.dtype)
+        else:
+            result[...] = written
+
+
+class PreparedBackward:
+    """A backward call with everything but the arrays; reusable for arrays of the same metadata."""
+
+    def __init__(
+        self,
+        device: Device,
+        problem: Problem,
+        arrays: Mapping[str, Any],
+        given: Mapping[str, Any],
+    ) -> None:
+        self._device, self._problem = device, problem
+        self._empty = (
+            problem.len_q == 0
+            or problem.len_k == 0
+            or 0 in problem.batch
+            or problem.heads == 0
+        )
+        self._targets = {
+            name: Target(problem, arrays[name], given.get(name), GRADIENTS[name])
+            for name in problem.wrt
+        }
+        if self._empty:
+            return
+        inputs = {
+            "slope" if name == "alibi_slopes" else name: array
+            for name, array in arrays.items()
+            if array is not None
+        }
+        found = {name: kernel_view(a, TRAILING[name] == 3) for name, a in inputs.items()}
+        for name, target in self._targets.items():
+            found[GRADIENTS[name]] = target.view
+        self._views = Views(problem, found)
+        addresses = {name: device.pointer(array) for name, array in inputs.items()}
+        addresses |= {GRADIENTS[n]: device.pointer(a) for n, a in given.items() if a is not None}
+        flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
+        if "slope" in inputs and inputs["slope"].dtype.itemsize == 2:
+            flags |= _params.FLAG_SLOPES_16BIT
+        struct = np.zeros((), _params.BACKWARD)
+        for name in found:
+            self._views.fill(struct[f"{name}_strides"], name)
+        fill_shape(struct["shape"], problem, self._views, flags)
+        self._plan = _plan.plan(problem, device)
+        pointers = len(_params.BACKWARD_POINTERS)
+        self._steps = steps_of(self._plan, device, struct, pointers)
+
+    def __call__(
+        self, arrays: Mapping[str, Any], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Run on the current stream; returns the gradient of every name in `wrt`."""
+        device = self._device
+        with device.activate():
+            results = {}
+            for name, target in self._targets.items():
+                result = given.get(name)
+                if result is None:
+                    result = target.new(device, arrays[name].dtype)
+                results[name] = result
+            if self._empty:
+                for result in results.values():
+                    result[...] = 0
+                return results
+            at = dict.fromkeys(_params.BACKWARD_POINTERS, 0)
+            held = []  # inputs copied for this call, alive until the launches are queued
+            for name, array in arrays.items():
+                if array is None:
+                    continue
+                view = "slope" if name == "alibi_slopes" else name
+                held.append(self._views.input(view, array, device.xp))
+                at[name] = device.pointer(held[-1])
+            written = {}
+            for name, result in results.items():
+                view = self._views.views[GRADIENTS[name]]
+                direct = not view.copied
+                written[name] = result if direct else device.empty(view.shape, result.dtype)
+                pointer = GRADIENTS[name]
+                at[POINTER.get(pointer, pointer)] = device.pointer(written[name])
+            for scratch in self._plan.scratch:
+                held.append(device.empty(scratch.shape, np.dtype(scratch.dtype)))
+                at[scratch.name] = device.pointer(held[-1])
+            pointers = tuple(at.values())
+            for step in self._steps:
+                step(pointers)
+            for name, target in self._targets.items():
+                target.finish(written[name], results[name])
+            return results

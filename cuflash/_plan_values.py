@@ -1,0 +1,45 @@
+"""The values that planning hands to launching: what runs, how large, in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cuflash._compile import Specialization
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How block ids map to (tile, head); see kernels_cu/schedule.cuh."""
+
+    tiles: int
+    heads_per_section: int
+    longest_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel launch."""
+
+    spec: Specialization
+    grid: int
+    block: int
+    shared_memory: int
+    schedule: Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Workspace a Plan needs between its launches."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `_launch` runs, in order."""
+
+    candidate: str
+    launches: tuple[Launch, ...]
+    scratch: tuple[Scratch, ...] = ()
