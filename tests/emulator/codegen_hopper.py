@@ -1,1 +1,334 @@
-"""Emitters of the Hopper instructions: mbarrier, bulk copies, wgmma, clusters."""
+"""Emitters of the Hopper instructions: mbarrier, bulk copies, wgmma, clusters (runtime/hopper.h says what they do)."""
+
+from __future__ import annotations
+
+import re
+
+from .codegen import SPECIAL, Emitter, Modifiers, emits
+from .ptx import Address, Instruction, Name, Number, Operand, Pair, Vector
+
+# A cluster of one block is the only one so far; the runtime refuses others when they are used.
+SPECIAL.update(
+    {
+        "%cluster_ctarank": "t.block->rank",
+        "%cluster_nctarank": "1u",
+        "%is_explicit_cluster": "0u",
+        **{f"%cluster_ctaid.{c}": "0u" for c in "xyz"},
+        **{f"%cluster_nctaid.{c}": "1u" for c in "xyz"},
+        **{f"%clusterid.{c}": f"t.ctaid.{c}" for c in "xyz"},
+        **{f"%nclusterid.{c}": f"t.nctaid.{c}" for c in "xyz"},
+    }
+)
+
+REDUCED = {"f16": "FLOAT16", "bf16": "BFLOAT16", "f32": "FLOAT32", "f64": "FLOAT64", "s32": "INT32", "u32": "UINT32"}
+SHARED = ("shared", "shared::cta", "shared::cluster")
+
+
+# -------------------------------------------------------------------------------------------------- fences and clusters
+@emits("fence.mbarrier_init")
+def fence_mbarrier_init(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    m.flag("release", "cluster")
+    e.site()
+    e.line("emu::fence_mbarrier_init(t);")
+
+
+@emits("fence.proxy.async")
+def fence_proxy_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    only_global = m.flag("global")
+    m.flag(*SHARED)
+    e.site()
+    e.line(f"emu::fence_proxy_async(t, {'false' if only_global else 'true'});")
+
+
+@emits("fence.proxy.alias", "fence.proxy.tensormap::generic")
+def fence_proxy_other(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """Tensor maps are read when a copy is issued and memory has one address each: nothing to order."""
+    m.flag("release", "acquire", "sync_restrict::shared::cta", "cta", "cluster", "gpu", "sys")
+    e.line("(void)0;")
+
+
+@emits("prefetch.tensormap", "prefetch.param.tensormap", "prefetch.const.tensormap")
+def prefetch_tensormap(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    e.line("(void)0;")
+
+
+@emits("barrier.cluster")
+def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """A cluster of one block: the wait is a barrier over the block, the arrive has nothing to add to it."""
+    m.flag("release", "relaxed", "acquire", "aligned")
+    what = m.one_of("arrive", "wait")
+    e.site()
+    e.line('emu::require_single_cluster(t, "barrier.cluster");')
+    if what == "wait":
+        e.line("emu::barrier_sync(t, 0, 0, false);")
+
+
+# ------------------------------------------------------------------------------------------------------------ mbarrier
+@emits("mbarrier")
+def mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """mbarrier.{init, inval, arrive, arrive_drop, expect_tx, complete_tx, test_wait, try_wait, pending_count}."""
+    e.site()
+    m.flag("b64", *SHARED)
+    m.flag("release", "acquire", "relaxed", "cta", "cluster")
+    what = m.one_of("init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait",
+                    "pending_count")  # fmt: skip
+    ops = i.operands
+    if what == "init":
+        e.line(f"emu::mbarrier_init(t, {_at(e, ops[0])}, {e.read(ops[1], 'u32')});")
+    elif what == "inval":
+        e.line(f"emu::mbarrier_inval(t, {_at(e, ops[0])});")
+    elif what in ("expect_tx", "complete_tx"):
+        call = "mbarrier_expect" if what == "expect_tx" else "mbarrier_complete"
+        e.line(f"emu::{call}(t, {_at(e, ops[0])}, {e.read(ops[1], 'u32')});")
+    elif what in ("arrive", "arrive_drop"):
+        _arrive(e, ops, m, drop=what == "arrive_drop")
+    elif what == "pending_count":
+        e.write(ops[0], "u32", f"emu::mbarrier_pending_count({e.read(ops[1], 'b64')})")
+    else:
+        _wait(e, ops, m, may_block=what == "try_wait")
+
+
+def _at(e: Emitter, operand: Operand) -> str:
+    """Shared address of an mbarrier; a 64-bit register holds a generic address."""
+    if isinstance(operand, Address) and e.register_type(operand.base) in ("u64", "s64"):
+        return f"(u32)({e.address(operand, 'generic')} & 0xffffffffull)"
+    return e.address(operand, "shared")
+
+
+def _arrive(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, drop: bool) -> None:
+    has_state = not isinstance(ops[0], Address)
+    state, address, *rest = ops if has_state else (Name("_"), *ops)
+    value = e.read(rest[0], "u32") if rest else "1u"
+    expects = m.flag("expect_tx")
+    no_complete = "true" if m.flag("noComplete") else "false"
+    count, expect = ("1u", value) if expects else (value, "0u")
+    call = f"emu::mbarrier_arrive(t, {_at(e, address)}, {count}, {expect}, {no_complete}, {str(drop).lower()})"
+    e.write(state, "b64", call)
+
+
+def _wait(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, may_block: bool) -> None:
+    block = str(may_block).lower()
+    if m.flag("parity"):
+        call = f"emu::mbarrier_test_parity(t, {_at(e, ops[1])}, {e.read(ops[2], 'u32')}, {block})"
+    else:
+        call = f"emu::mbarrier_test_state(t, {_at(e, ops[1])}, {e.read(ops[2], 'b64')}, {block})"
+    e.write(ops[0], "pred", call)
+
+
+# --------------------------------------------------------------------------------------------------------- bulk copies
+@emits("cp.async.mbarrier.arrive")
+def cp_async_mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    m.flag("b64", *SHARED)
+    noinc = "true" if m.flag("noinc") else "false"
+    e.site()
+    e.line(f"emu::cp_async_arrive(t, {_at(e, i.operands[0])}, {noinc});")
+
+
+@emits("cp.async.bulk", "cp.reduce.async.bulk")
+def bulk(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """Bulk copies and reductions, plain and by tensor map, with their groups."""
+    ops = i.operands
+    e.site()
+    if m.flag("commit_group"):
+        e.line("emu::bulk_commit(t);")
+        return
+    if m.flag("wait_group"):
+        read = "true" if m.flag("read") else "false"
+        e.line(f"emu::bulk_wait(t, {e.read(ops[0], 'u32')}, {read});")
+        return
+    if "multicast::cluster" in m.left:
+        e.line('emu::require_single_cluster(t, "a multicast copy");')
+        m.flag("multicast::cluster")
+    m.flag("L2::cache_hint", "mbarrier::complete_tx::bytes", "bulk_group")
+    reduce = i.modifiers[0] == "reduce"
+    prefetch = m.flag("prefetch")
+    if m.flag("tensor"):
+        _tensor(e, ops, m, reduce=reduce, prefetch=prefetch)
+    elif prefetch:
+        m.flag("L2", "global")
+        e.line("(void)0;")
+    else:
+        _plain(e, ops, m, reduce=reduce)
+
+
+def _to_shared(e: Emitter, m: Modifiers) -> bool:
+    """Direction from the order of the state spaces: destination first."""
+    spaces = [x for x in m.left if x in (*SHARED, "global")]
+    m.flag(*SHARED, "global")
+    if len(spaces) != 2 or (spaces[0] == "global") == (spaces[1] == "global"):
+        raise e.fail("copies between these state spaces are not known")
+    return spaces[0] != "global"
+
+
+def _plain(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool) -> None:
+    to_shared = _to_shared(e, m)
+    shared = e.address(ops[0 if to_shared else 1], "shared")
+    glob = e.address(ops[1 if to_shared else 0], "global")
+    size = e.read(ops[2], "u32")
+    if to_shared and not reduce:
+        e.line(f"emu::bulk_load(t, {shared}, {glob}, {size}, {_at(e, ops[3])});")
+    elif to_shared:
+        raise e.fail("reductions into shared memory are not known")
+    elif reduce:
+        m.flag("noftz")
+        m.one_of("add")
+        element = REDUCED[m.one_of(*REDUCED)]
+        e.line(f"emu::bulk_reduce(t, {glob}, {shared}, {size}, emu::{element});")
+    else:
+        e.line(f"emu::bulk_store(t, {glob}, {shared}, {size});")
+
+
+def _tensor(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool, prefetch: bool) -> None:
+    rank = int(m.match(r"[1-5]d")[0])
+    m.flag("tile")
+    if prefetch:
+        m.flag("L2", "global")
+        e.line(f"emu::tensor_prefetch(t, {_map(e, ops[0], rank)[0]}, {rank});")
+        return
+    to_shared = _to_shared(e, m)
+    the_map, coordinates = _map(e, ops[1 if to_shared else 0], rank)
+    e.line(f"s32 coordinate[5] = {{{coordinates}}};")
+    shared = e.address(ops[0 if to_shared else 1], "shared")
+    if to_shared:
+        e.line(f"emu::tensor_load(t, {shared}, {the_map}, {rank}, coordinate, {_at(e, ops[2])});")
+        return
+    if reduce:
+        m.one_of("add")
+    e.line(f"emu::tensor_store(t, {the_map}, {rank}, coordinate, {shared}, {str(reduce).lower()});")
+
+
+def _map(e: Emitter, operand: Operand, rank: int) -> tuple[str, str]:
+    """Address expression and coordinate list of `[map, {x, y}]`."""
+    if not isinstance(operand, Address) or not operand.extra or not isinstance(operand.extra[0], Vector):
+        raise e.fail("expected [tensor map, {coordinates}]")
+    coordinates = operand.extra[0].elements
+    if len(coordinates) != rank:
+        raise e.fail(f"{len(coordinates)} coordinates for a tensor of rank {rank}")
+    address = e.address(Address(operand.base, operand.offset), "generic")
+    return address, ", ".join(e.read(c, "s32") for c in coordinates)
+
+
+# --------------------------------------------------------------------------------------------------------------- wgmma
+@emits("wgmma")
+def wgmma(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """wgmma.{fence, commit_group, wait_group, mma_async}."""
+    e.site()
+    what = m.one_of("fence", "commit_group", "wait_group", "mma_async")
+    m.flag("sync", "aligned")
+    if what == "fence":
+        e.line("emu::wgmma_fence(t);")
+    elif what == "commit_group":
+        e.line("emu::wgmma_commit(t);")
+    elif what == "wait_group":
+        e.line(f"emu::wgmma_wait(t, {e.read(i.operands[0], 'u32')});")
+    else:
+        _mma_async(e, i, m)
+
+
+WGMMA_TYPES = {
+    ("f32", "f16", "f16"): "WG_F16",
+    ("f16", "f16", "f16"): "WG_F16",
+    ("f32", "bf16", "bf16"): "WG_BF16",
+    ("f32", "tf32", "tf32"): "WG_TF32",
+}
+
+
+def _mma_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    shape = re.fullmatch(r"m64n(\d+)k(\d+)", m.match(r"m64n\d+k\d+"))
+    assert shape is not None
+    n = int(shape[1])
+    types = tuple(m.left)
+    if types not in WGMMA_TYPES:
+        raise e.fail(f"types {'.'.join(types)} are not known")
+    m.left.clear()
+    half_d, tf32 = types[0] == "f16", types[1] == "tf32"
+    if n % 8 or not 8 <= n <= 256 or int(shape[2]) != (8 if tf32 else 16):
+        raise e.fail("no such shape")
+    d, a, b, scale_d, *immediates = i.operands
+    registers = e.vector(d)
+    if len(registers) != (n // 4 if half_d else n // 2):
+        raise e.fail(f"{len(registers)} accumulator registers for n = {n}")
+    flags = [_immediate(e, x) for x in immediates]
+    from_registers = isinstance(a, Vector)
+    transposes = 0 if tf32 else (1 if from_registers else 2)
+    if len(flags) != 2 + transposes:
+        raise e.fail(f"{len(flags)} immediates after scale-d")
+    trans_a = flags[2] if transposes == 2 else 0
+    trans_b = flags[-1] if transposes else 0
+    e.line("emu::Wgmma w;")
+    for r, register in enumerate(registers):
+        e.line(f"w.d[{r}] = &{_register(e, register)};")
+    if from_registers:
+        for r, register in enumerate(e.vector(a)):
+            e.line(f"w.ar[{r}] = (u32*)&{_register(e, register)};")
+    fields = {
+        "n": f"{n}u",
+        "type": f"emu::{WGMMA_TYPES[types]}",
+        "half_d": str(half_d).lower(),
+        "a_registers": str(from_registers).lower(),
+        "accumulate": e.read(scale_d, "pred"),
+        "negate_a": "true" if flags[0] == -1 else "false",
+        "negate_b": "true" if flags[1] == -1 else "false",
+        "transpose_a": "true" if trans_a else "false",
+        "transpose_b": "true" if trans_b else "false",
+        "a": "0" if from_registers else e.read(a, "b64"),
+        "b": e.read(b, "b64"),
+    }
+    for name, value in fields.items():
+        e.line(f"w.{name} = {value};")
+    e.line("emu::wgmma_issue(t, w);")
+
+
+def _register(e: Emitter, operand: Operand) -> str:
+    """C variable of a register: wgmma keeps its address."""
+    found = e._register(operand.text) if isinstance(operand, Name) else None
+    if found is None:
+        raise e.fail(f"{operand} must be a register")
+    return found[0]
+
+
+def _immediate(e: Emitter, operand: Operand) -> int:
+    if not isinstance(operand, Number) or operand.value not in (-1, 0, 1):
+        raise e.fail(f"{operand} must be an immediate -1, 0 or 1")
+    return operand.value
+
+
+# --------------------------------------------------------------------------------------------------------- single ones
+@emits("setmaxnreg")
+def setmaxnreg(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """setmaxnreg.{inc, dec}.sync.aligned.u32."""
+    e.site()
+    m.flag("sync", "aligned", "u32")
+    increase = "true" if m.one_of("inc", "dec") == "inc" else "false"
+    e.line(f"emu::setmaxnreg(t, {e.read(i.operands[0], 'u32')}, {increase});")
+
+
+@emits("elect")
+def elect(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """elect.sync d|p, mask."""
+    e.site()
+    m.flag("sync")
+    pair = i.operands[0]
+    if not isinstance(pair, Pair):
+        raise e.fail("expected a register and a predicate")
+    e.line(f"u32 leader = emu::elect(t, {e.read(i.operands[1], 'u32')});")
+    e.write(pair.first, "u32", "leader")
+    e.write(pair.second, "pred", "leader == t.lane")
+
+
+@emits("griddepcontrol")
+def griddepcontrol(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """Launches run one after the other, so nothing is left to wait for."""
+    m.flag("launch_dependents", "wait")
+    e.line("(void)0;")
+
+
+@emits("mapa")
+def mapa(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """In a cluster of one block every address maps to itself."""
+    e.site()
+    if not m.flag(*SHARED):
+        raise e.fail("only shared::cluster addresses are known")
+    kind = m.type()
+    e.line('emu::require_single_cluster(t, "mapa");')
+    e.write(i.operands[0], kind, e.read(i.operands[1], kind))
