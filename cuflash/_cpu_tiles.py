@@ -1,0 +1,162 @@
+"""How the NumPy backend cuts a call into tiles: sizes, loops, scratch memory, and products that respect the mask.
+
+A step of the backend is one `np.matmul` over a *unit*: a block of (batch, kv head) pairs, all query heads of each
+(GQA shares K and V by stacking the group's rows), `rows` queries and `keys` keys. Long sequences make units of one head
+with tiles that fit the cache; short ones make units of many heads, so no Python loop runs over heads of 16 tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+# Elements of the largest scratch tile: 2^19 float32 are 2 MB, half of a server core's level 2 cache, measured best.
+TILE_ELEMENTS = 1 << 19
+# Rows and keys of a tile at most: tall enough for BLAS to run at speed, and the online rescale costs 1/KEYS of a pass.
+TILE_ROWS = 256
+TILE_KEYS = 1024
+
+
+def accumulator(dtype: np.dtype) -> np.dtype:
+    """The dtype in which scores, softmax and sums are kept: float64 for float64, else float32."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The extents of one call."""
+
+    batch: tuple[int, ...]
+    heads_kv: int
+    group: int
+    len_q: int
+    len_k: int
+    dim: int
+    dim_v: int
+
+    @classmethod
+    def of(cls, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Shape:
+        *batch, heads, len_q, dim = q.shape
+        heads_kv, len_k = k.shape[-3], k.shape[-2]
+        group = heads // heads_kv if heads_kv else 1
+        return cls(tuple(batch), heads_kv, group, len_q, len_k, dim, v.shape[-1])
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """The axes a unit is cut from."""
+        return (*self.batch, self.heads_kv)
+
+    def group_rows(self, x: np.ndarray) -> np.ndarray:
+        """View of q, out or dout (*B, H, Lq, n) as (*B, Hkv, G, Lq, n); of lse (*B, H, Lq) as (*B, Hkv, G, Lq)."""
+        axis = len(self.batch)
+        return x.reshape(*x.shape[:axis], self.heads_kv, self.group, *x.shape[axis + 1 :])
+
+    def spread(self, x: np.ndarray) -> np.ndarray:
+        """View of k or v with its batch axes broadcast to q's."""
+        return np.broadcast_to(x, (*self.outer, *x.shape[-2:]))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tile extents of one call: `rows` queries of each of the group's heads, `keys` keys, `heads` kv heads a unit."""
+
+    rows: int
+    keys: int
+    heads: int
+
+    @classmethod
+    def of(cls, shape: Shape) -> Tiling:
+        rows = min(shape.len_q, max(1, -(-TILE_ROWS // shape.group)))
+        stacked = rows * shape.group
+        keys = min(shape.len_k, TILE_KEYS)
+        heads = TILE_ELEMENTS // (stacked * keys + (stacked + keys) * (shape.dim + shape.dim_v))
+        return cls(rows, keys, max(1, heads))
+
+
+def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:
+    """Blocks of at most `heads` consecutive places of the `outer` axes, as tuples of slices that cover them all.
+
+    The last axes are taken whole as long as they fit, one axis is cut in runs, those before it are walked one by one.
+    """
+    cuts: list[list[slice]] = []
+    room = heads
+    for extent in reversed(outer):
+        step = max(1, min(extent, room))
+        cuts.append([slice(a, min(a + step, extent)) for a in range(0, extent, step)])
+        room = room // extent if step == extent else 1
+    return itertools.product(*reversed(cuts))
+
+
+class Scratch:
+    """Buffers that are reused from tile to tile: fresh pages for every tile would cost as much as the arithmetic."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.buffers: dict[str, np.ndarray] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Uninitialised contiguous array of `shape`, valid until `name` is taken again."""
+        size = int(np.prod(shape))
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self.buffers[name] = np.empty(size, dtype=self.dtype)
+        return buffer[:size].reshape(shape)
+
+
+def for_blas(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`x` in `dtype` with rows that BLAS can read in place; `x` itself when it is so already."""
+    step, item = x.strides[-2], x.itemsize
+    in_place = (
+        x.dtype == dtype
+        and x.flags.aligned
+        and x.strides[-1] == item
+        and step >= item * x.shape[-1]
+        and step % item == 0
+    )
+    return x if in_place else x.astype(dtype, order="C")
+
+
+def stack_rows(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A tile (*unit, Hkv, G, rows, n) as (*unit, Hkv, G * rows, n) in `dtype`: the group's heads share one product."""
+    if x.shape[-3] == 1:
+        return for_blas(x[..., 0, :, :], dtype)
+    dense = np.ascontiguousarray(x, dtype=dtype)
+    return dense.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def visible_matmul(
+    weights: np.ndarray, x: np.ndarray, keep: np.ndarray | None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """`weights @ x` in which pairs that `keep` hides have no part, whatever `x` holds there.
+
+    Hidden pairs have weight 0, which is enough as long as `x` is finite; but 0 * NaN is NaN, and one NaN in a key that
+    some rows of the tile do not see would reach them. So non-finite values are taken out of `x`, and given back
+    to the pairs that see them.
+
+    Parameters
+    ----------
+    weights
+        (..., rows, n), 0 wherever `keep` is False.
+    x
+        (..., n, dim).
+    keep
+        (rows, n) bool, or None when every pair is visible.
+    """
+    if keep is None or (finite := np.isfinite(x)).all():
+        return np.matmul(weights, x, out=out)
+    out = np.matmul(weights, np.where(finite, x, 0), out=out)
+
+    def pairs(weight_is: np.ndarray, x_is: np.ndarray) -> np.ndarray:
+        return np.matmul((keep & weight_is).astype(x.dtype), x_is.astype(x.dtype))
+
+    up, down = weights > 0, weights < 0
+    plus, minus = np.isposinf(x), np.isneginf(x)
+    out[pairs(up, plus) + pairs(down, minus) > 0] += np.inf
+    out[pairs(up, minus) + pairs(down, plus) > 0] -= np.inf
+    # Whatever is left is NaN: NaN anywhere, and inf times a weight of 0 or NaN.
+    undefined = pairs(~(up | down), plus | minus) + pairs(np.ones_like(up), np.isnan(x))
+    out[undefined > 0] = np.nan
+    return out
