@@ -1,0 +1,188 @@
+// One function per PTX instruction: asm text lives here and nowhere else. Instructions of sm_75 to sm_90 that the mma.sync
+// family needs; what an architecture lacks is replaced here, so callers never ask which one they run on.
+#pragma once
+
+#include "params.cuh"
+
+#define DEV static __device__ __forceinline__      // free functions and static members
+#define DEV_METHOD __device__ __forceinline__      // members of a struct
+
+#if __CUDA_ARCH__ >= 800
+constexpr bool HAS_ASYNC_COPY = true;
+#else
+constexpr bool HAS_ASYNC_COPY = false;  // Turing: tiles travel through registers, no bf16, mma has k8
+#endif
+
+constexpr unsigned FULL_WARP = 0xffffffffu;
+
+DEV int lane_id() { return threadIdx.x % 32; }
+DEV int warp_id() { return threadIdx.x / 32; }
+DEV float neg_infinity() { return __int_as_float(0xff800000); }
+DEV float positive_infinity() { return __int_as_float(0x7f800000); }
+
+// ---- addresses ------------------------------------------------------------------------------------------------------
+
+DEV u32 shared_address(const void* smem) { return (u32)__cvta_generic_to_shared(smem); }
+DEV u64 global_address(const void* gmem) { return (u64)__cvta_generic_to_global(gmem); }
+
+// ---- loads and stores -----------------------------------------------------------------------------------------------
+
+DEV u16 ld_global_u16(const u16* gmem) {
+    u16 x;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(global_address(gmem)) : "memory");
+    return x;
+}
+DEV uint4 ld_global_v4(const void* gmem) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(global_address(gmem))
+                 : "memory");
+    return x;
+}
+DEV void st_global_u16(u16* gmem, u16 x) {
+    asm volatile("st.global.u16 [%0], %1;" ::"l"(global_address(gmem)), "h"(x) : "memory");
+}
+DEV void st_global_v4(void* gmem, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global_address(gmem)), "r"(x.x),
+                 "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+DEV u32 ld_shared_u32(u32 smem) {
+    u32 x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
+    return x;
+}
+DEV float ld_shared_f32(u32 smem) { return __uint_as_float(ld_shared_u32(smem)); }
+DEV uint4 ld_shared_v4(u32 smem) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(smem)
+                 : "memory");
+    return x;
+}
+DEV void st_shared_u32(u32 smem, u32 x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
+}
+DEV void st_shared_f32(u32 smem, float x) { st_shared_u32(smem, __float_as_uint(x)); }
+DEV void st_shared_v4(u32 smem, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y), "r"(x.z),
+                 "r"(x.w)
+                 : "memory");
+}
+
+// ---- asynchronous copies (sm_80+; callers test HAS_ASYNC_COPY where a substitute is needed) -------------------------
+
+// 16 bytes global -> shared past L1; only the first `bytes` (0 or 16) are read, the rest of the destination becomes zero.
+DEV void cp_async_16(u32 smem, const void* gmem, int bytes) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global_address(gmem)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+DEV void cp_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Returns when at most PENDING of this thread's newest groups are still on their way. Other threads need a barrier too.
+template <int PENDING>
+DEV void cp_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- matrix fragments -----------------------------------------------------------------------------------------------
+
+// Lane i gives the address of one 16-byte row: lanes 0-7 matrix 0, 8-15 matrix 1, ...
+DEV void ldmatrix_x4(u32 (&r)[4], u32 smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+}
+DEV void ldmatrix_x4_trans(u32 (&r)[4], u32 smem) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+DEV void mma_m16n8k8_f16(float (&d)[4], u32 a0, u32 a1, u32 b0) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+#if __CUDA_ARCH__ >= 800
+DEV void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+DEV void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#else
+// The k16 registers are two k8 operands side by side: (a0, a1, b0) and (a2, a3, b1).
+DEV void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    mma_m16n8k8_f16(d, a[0], a[1], b0);
+    mma_m16n8k8_f16(d, a[2], a[3], b1);
+}
+#endif
+
+// ---- conversions: `low` goes to the lower 16 bits; round to nearest even, subnormals kept ---------------------------
+
+DEV u16 cvt_rn_f16_f32(float x) {
+    u16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+DEV float cvt_f32_f16(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+#if __CUDA_ARCH__ >= 800
+DEV u32 cvt_rn_f16x2_f32(float low, float high) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+DEV u32 cvt_rn_bf16x2_f32(float low, float high) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+#else
+DEV u32 cvt_rn_f16x2_f32(float low, float high) {
+    return (u32)cvt_rn_f16_f32(low) | (u32)cvt_rn_f16_f32(high) << 16;
+}
+#endif
+
+// ---- approximate functions (relative error about 2^-22); .ftz only flushes arguments and results below 2^-126 -------
+
+DEV float ex2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEV float lg2_approx(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEV float rcp_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
