@@ -1,14 +1,24 @@
 """FlashAttention for CuPy and NumPy arrays, without PyTorch.
 
-    out = cuflash.attention(q, k, v, causal=True)
-    out, pullback = cuflash.attention_vjp(q, k, v, causal=True)
+out = cuflash.attention(q, k, v, causal=True)
+out, pullback = cuflash.attention_vjp(q, k, v, causal=True)
 """
 
 from __future__ import annotations
 
 from cuflash._attention import attention
 from cuflash._errors import CompileError, UnsupportedError
+from cuflash._gradient import attention_backward, attention_vjp
+from cuflash._merge import merge_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["CompileError", "UnsupportedError", "__version__", "attention"]
+__all__ = [
+    "CompileError",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "merge_attention",
+]

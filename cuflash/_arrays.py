@@ -60,7 +60,9 @@ class Meta(NamedTuple):
         """False only when no two elements share a byte, seen by nesting: each axis steps over all faster ones."""
         if self.empty:
             return False
-        axes = sorted((abs(step), n) for n, step in zip(self.shape, self.strides, strict=True) if n > 1)
+        axes = sorted(
+            (abs(step), n) for n, step in zip(self.shape, self.strides, strict=True) if n > 1
+        )
         reach = self.itemsize
         for step, n in axes:
             if step < reach:
@@ -155,7 +157,7 @@ def _check_homes(homes: Mapping[str, str], seen: Seen) -> None:
 
 
 def home_of(array: Any) -> str:
-    """"numpy" or "cuda:0"."""
+    """ "numpy" or "cuda:0"."""
     return "numpy" if isinstance(array, np.ndarray) else f"cuda:{array.data.device_id}"
 
 

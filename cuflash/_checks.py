@@ -49,7 +49,9 @@ def flag(name: str, value: Any, seen: Seen) -> bool:
     """A bool; 0 and 1 are refused, since a position or a probability may have been meant."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
-    raise seen.error(TypeError, f"{name} is {kind_of(value)}, not a bool.", f"{name}=True or {name}=False.")
+    raise seen.error(
+        TypeError, f"{name} is {kind_of(value)}, not a bool.", f"{name}=True or {name}=False."
+    )
 
 
 def integer(name: str, value: Any, seen: Seen) -> int:
@@ -59,7 +61,9 @@ def integer(name: str, value: Any, seen: Seen) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise seen.error(TypeError, f"{name} is {kind_of(value)}, not an int.", f"pass {name} as an int.")
+    raise seen.error(
+        TypeError, f"{name} is {kind_of(value)}, not an int.", f"pass {name} as an int."
+    )
 
 
 def real(name: str, value: Any, seen: Seen) -> float:
@@ -77,7 +81,9 @@ def real(name: str, value: Any, seen: Seen) -> float:
         )
     number = float(value)
     if not math.isfinite(number):
-        raise seen.error(ValueError, f"{name} is {number}, which is not finite.", "a finite number.")
+        raise seen.error(
+            ValueError, f"{name} is {number}, which is not finite.", "a finite number."
+        )
     return number
 
 
@@ -102,7 +108,9 @@ def softcap(value: Any, dtype: str, seen: Seen) -> float | None:
     number = real("softcap", value, seen)
     if number <= 0:
         raise seen.error(
-            ValueError, f"softcap is {number}, and must be > 0.", "a positive softcap, or None for none."
+            ValueError,
+            f"softcap is {number}, and must be > 0.",
+            "a positive softcap, or None for none.",
         )
     if dtype != "float64" and not _FLOAT32_MIN <= number <= _FLOAT32_MAX:
         raise seen.error(
@@ -125,7 +133,9 @@ def band(causal: Any, window: Any, seen: Seen) -> tuple[int | None, int | None]:
 
 
 def _window(window: Any, seen: Seen) -> tuple[int | None, int | None]:
-    way_out = "window=(left, right), each an int >= 0 or None; (3, 0) sees itself and 3 keys before."
+    way_out = (
+        "window=(left, right), each an int >= 0 or None; (3, 0) sees itself and 3 keys before."
+    )
     try:
         if isinstance(window, (str, bytes, set, frozenset, Mapping)):
             raise TypeError
@@ -139,7 +149,9 @@ def _window(window: Any, seen: Seen) -> tuple[int | None, int | None]:
     for name, side in zip(("left", "right"), sides, strict=True):
         bound = None if side is None else integer(f"window {name}", side, seen)
         if bound is not None and bound < 0:
-            raise seen.error(ValueError, f"window {name} is {bound}, and must be >= 0 or None.", way_out)
+            raise seen.error(
+                ValueError, f"window {name} is {bound}, and must be >= 0 or None.", way_out
+            )
         bounds.append(bound)
     return bounds[0], bounds[1]
 
@@ -149,7 +161,9 @@ def layout(value: Any, seen: Seen) -> str:
     if not isinstance(value, str):
         raise seen.error(TypeError, f"layout is {kind_of(value)}, not a str.", f"one of {LAYOUTS}.")
     if value not in LAYOUTS:
-        raise seen.error(ValueError, f"layout is {value!r}, not one of {LAYOUTS}.", "the default is 'HLD'.")
+        raise seen.error(
+            ValueError, f"layout is {value!r}, not one of {LAYOUTS}.", "the default is 'HLD'."
+        )
     return value
 
 
@@ -163,10 +177,14 @@ def wrt(value: Any, given: Mapping[str, Any], seen: Seen) -> tuple[str, ...]:
         if not isinstance(name, str):
             raise seen.error(TypeError, f"wrt holds {kind_of(name)}, not only names.", way_out)
         if name not in GRADIENT_NAMES:
-            raise seen.error(ValueError, f"wrt names {name!r}, which is no argument of this call.", way_out)
+            raise seen.error(
+                ValueError, f"wrt names {name!r}, which is no argument of this call.", way_out
+            )
         if name in OPTION_GRADIENTS and given.get(name) is None:
             raise seen.error(
-                ValueError, f"wrt names {name!r}, and {name} was not given.", f"pass {name}=, or drop it from wrt."
+                ValueError,
+                f"wrt names {name!r}, and {name} was not given.",
+                f"pass {name}=, or drop it from wrt.",
             )
     return tuple(name for name in GRADIENT_NAMES if name in names)
 
@@ -182,7 +200,11 @@ def dtype(arrays: Mapping[str, Meta], seen: Seen) -> str:
             continue
         found = arrays[name].dtype
         if found not in _dtypes.BY_NUMPY:
-            hint = ", or q.view(ml_dtypes.bfloat16) if these are bfloat16 bits" if found == np.uint16 else ""
+            hint = (
+                ", or q.view(ml_dtypes.bfloat16) if these are bfloat16 bits"
+                if found == np.uint16
+                else ""
+            )
             raise seen.error(
                 TypeError,
                 f"{name} is {shown_dtype(found)}, which is not one of {_dtypes.NAMES}.",
@@ -202,7 +224,9 @@ def ranks(arrays: Mapping[str, Meta], seen: Seen) -> int:
     rank = len(arrays["q"].shape)
     if rank < 2:
         raise seen.error(
-            ValueError, f"q has {rank} axes, and needs at least 2.", "(Lq, D), (H, Lq, D) or (*B, H, Lq, D)."
+            ValueError,
+            f"q has {rank} axes, and needs at least 2.",
+            "(Lq, D), (H, Lq, D) or (*B, H, Lq, D).",
         )
     for name in ("k", "v"):
         found = len(arrays[name].shape)
@@ -228,7 +252,11 @@ def extents(q: Meta, k: Meta, v: Meta, seen: Seen) -> Extents:
         )
     for name, dim in (("q", head_dim), ("v", head_dim_v)):
         if dim == 0:
-            raise seen.error(ValueError, f"{name} has head_dim 0, and needs at least 1.", "a non-empty last axis.")
+            raise seen.error(
+                ValueError,
+                f"{name} has head_dim 0, and needs at least 1.",
+                "a non-empty last axis.",
+            )
     for what, axis in (("heads", -3), ("keys", -2)):
         if v.shape[axis] != k.shape[axis]:
             raise seen.error(
@@ -257,7 +285,9 @@ def matches(name: str, meta: Meta, shape: tuple[int, ...], wanted: np.dtype, see
     """An array of exactly this shape and dtype."""
     if meta.shape != shape:
         raise seen.error(
-            ValueError, f"{name} has shape {meta.shape}, and {shape} is needed.", f"pass {name} in that shape."
+            ValueError,
+            f"{name} has shape {meta.shape}, and {shape} is needed.",
+            f"pass {name} in that shape.",
         )
     if meta.dtype != wanted:
         raise seen.error(
@@ -271,7 +301,9 @@ def output(name: str, meta: Meta, shape: tuple[int, ...], wanted: np.dtype, seen
     """An array that can be written to: `matches`, writable, no two elements at one address."""
     matches(name, meta, shape, wanted, seen)
     if not meta.writable:
-        raise seen.error(ValueError, f"{name} is read-only.", f"pass a writable array, or no {name}=.")
+        raise seen.error(
+            ValueError, f"{name} is read-only.", f"pass a writable array, or no {name}=."
+        )
     if meta.overlaps_itself():
         raise seen.error(
             ValueError,
@@ -293,7 +325,8 @@ def slopes(meta: Meta, sizes: Extents, wanted: np.dtype, rank: int, seen: Seen) 
     if meta.shape[-1:] == (sizes.heads,):
         own = meta.shape[:-1]
         if not own or (
-            len(own) == len(sizes.batch) and all(n in (b, 1) for n, b in zip(own, sizes.batch, strict=True))
+            len(own) == len(sizes.batch)
+            and all(n in (b, 1) for n, b in zip(own, sizes.batch, strict=True))
         ):
             return
     full = (*sizes.batch, sizes.heads)

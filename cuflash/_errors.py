@@ -81,7 +81,9 @@ class Seen:
         told = [
             f"{name}={value!r}"
             for name, value in self.options.items()
-            if value is not None and value is not False and not (name == "layout" and _is(value, "HLD"))
+            if value is not None
+            and value is not False
+            and not (name == "layout" and _is(value, "HLD"))
         ]
         if told:
             yield f"  {', '.join(told)}"

@@ -166,11 +166,15 @@ class Prepared:
 
     __slots__ = ("_outputs", "_spans", "problem", "run")
 
-    def __init__(self, direction: str, problem: Problem, run: Callable[..., Any], metas: Any) -> None:
+    def __init__(
+        self, direction: str, problem: Problem, run: Callable[..., Any], metas: Any
+    ) -> None:
         self.problem, self.run = problem, run
         self._spans = [None if meta is None else meta.span() for meta in metas]
         names = ARRAYS[direction]
-        self._outputs = [names.index(n) for n in OUTPUTS[direction] if metas[names.index(n)] is not None]
+        self._outputs = [
+            names.index(n) for n in OUTPUTS[direction] if metas[names.index(n)] is not None
+        ]
 
     def overlap(self, arrays: Sequence[Any]) -> tuple[int, int] | None:
         """Places of an output and another array that share memory; addresses are all that is looked at."""
@@ -194,7 +198,9 @@ _calls: dict[Any, Prepared] = {}
 _lock = threading.Lock()
 
 
-def key_of(direction: str, device: Device | None, arrays: Sequence[Any], values: Sequence[Any]) -> Any:
+def key_of(
+    direction: str, device: Device | None, arrays: Sequence[Any], values: Sequence[Any]
+) -> Any:
     """Everything a Prepared depends on, hashable if the option values are.
 
     The types of the values are part of it: True equals 1, but only one of them is a bool.
@@ -230,10 +236,12 @@ def prepared(
         REQUIRED[direction],
         lambda: dict(zip(OPTIONS[direction], values, strict=True)),
     )
+    if type(values[1]) is list:  # window=[3, 0]: a key must be hashable
+        values = (values[0], tuple(values[1]), *values[2:])
     key = key_of(direction, device, arrays, values)
     try:
         call = _calls.get(key)
-    except TypeError:  # an unhashable option, such as window=[3, 0]: right, but never warm
+    except TypeError:  # an option such as a 0-d array: right or refused, but never warm
         key = call = None
     if call is None:
         call = prepare(direction, device, arrays, values)
@@ -276,13 +284,18 @@ def prepare(
     view = Arrangement(arrays[names.index("q")].ndim, values[FORWARD_OPTIONS.index("layout")])
     run: Callable[..., Any]
     if direction == "forward":
-        run = CpuForward(problem, view) if device is None else DeviceForward(device, problem, view, arrays)
+        run = (
+            CpuForward(problem, view)
+            if device is None
+            else DeviceForward(device, problem, view, arrays)
+        )
     else:
-        run = CpuBackward(problem, view) if device is None else DeviceBackward(device, problem, view)
+        run = (
+            CpuBackward(problem, view) if device is None else DeviceBackward(device, problem, view)
+        )
     return Prepared(direction, problem, run, metas)
 
 
 def meta_of(array: Any, on_device: bool) -> Meta:
     """Metadata of an adopted array."""
     return Meta(*_arrays.signature(array, on_device))
-

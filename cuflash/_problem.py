@@ -38,7 +38,9 @@ class Operand:
     @classmethod
     def of(cls, meta: Meta) -> Operand:
         """From metadata in standard order."""
-        strides = tuple(0 if n == 1 else step for n, step in zip(meta.shape, meta.strides, strict=True))
+        strides = tuple(
+            0 if n == 1 else step for n, step in zip(meta.shape, meta.strides, strict=True)
+        )
         columns = meta.shape[-1] == 1 or meta.strides[-1] == meta.itemsize
         aligned = columns and meta.offset == 0 and all(step % 16 == 0 for step in strides[:-1])
         return cls(meta.shape, strides, aligned)
@@ -126,7 +128,11 @@ class Problem:
         sizes = _checks.extents(q, k, v, seen)
         left, right = _checks.band(options["causal"], options["window"], seen)
         offset = options["q_offset"]
-        offset = sizes.len_k - sizes.len_q if offset is None else _checks.integer("q_offset", offset, seen)
+        offset = (
+            sizes.len_k - sizes.len_q
+            if offset is None
+            else _checks.integer("q_offset", offset, seen)
+        )
         row = _dtypes.BY_NAME[dtype]
         if "alibi_slopes" in arrays:
             _checks.slopes(arrays["alibi_slopes"], sizes, row.numpy, view.rank, seen)
@@ -253,6 +259,8 @@ def _check_backward(
             continue
         if of not in wrt:
             raise seen.error(
-                ValueError, f"{name} was given, and wrt does not name {of!r}.", f"add {of!r} to wrt, or drop {name}=."
+                ValueError,
+                f"{name} was given, and wrt does not name {of!r}.",
+                f"add {of!r} to wrt, or drop {name}=.",
             )
         _checks.output(name, arrays[name], arrays[of].shape, row.numpy, seen)
