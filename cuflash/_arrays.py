@@ -1,7 +1,8 @@
 """Where arrays live, what is known of one without reading it, and whether two share memory.
 
 NumPy arrays, CuPy arrays and everything that can be seen as a CuPy array without a copy (DLPack,
-`__cuda_array_interface__`) meet here and nowhere else. CuPy is imported when the first CUDA array arrives.
+`__cuda_array_interface__`) meet here and nowhere else. CuPy is imported when the first CUDA array
+arrives.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from cuflash._errors import Seen, UnsupportedError, kind_of
 
 # DLPack device types whose memory a CUDA kernel can read: kDLCUDA, kDLCUDAManaged.
 _DLPACK_CUDA = (2, 13)
-# Effort for the exact test whether two interleaved arrays share an element; what is harder counts as sharing.
+# Effort for the exact test whether two interleaved arrays share an element; what is harder counts
+# as sharing.
 _OVERLAP_WORK = 100_000
 
 
@@ -50,14 +52,14 @@ class Meta(NamedTuple):
         return self._replace(shape=(1, *self.shape), strides=(0, *self.strides))
 
     def span(self) -> tuple[int, int]:
-        """First and one-past-last byte, relative to the address of element 0; (0, 0) for an empty array."""
+        """First and one-past-last byte relative to element 0; (0, 0) for an empty array."""
         if self.empty:
             return 0, 0
         steps = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]
         return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + self.itemsize
 
     def overlaps_itself(self) -> bool:
-        """False only when no two elements share a byte, seen by nesting: each axis steps over all faster ones."""
+        """False only when each axis steps over all faster ones, so that no two elements meet."""
         if self.empty:
             return False
         axes = sorted(
@@ -206,7 +208,7 @@ def _import_cupy(name: str, x: Any, seen: Seen) -> Any:
 
 
 class _Memory:
-    """An address range in NumPy's clothes, so that `numpy.shares_memory` can judge device arrays too."""
+    """Addresses in NumPy's clothes, so that `numpy.shares_memory` can judge device arrays too."""
 
     def __init__(self, array: Any) -> None:
         self.__array_interface__ = {

@@ -26,15 +26,16 @@ def attention(
 ) -> Any:
     """Exact attention, `softmax(scale * q @ k.T) @ v`, without ever storing the matrix of scores.
 
-    Shape letters: `B...` batch axes (any number, also none), `H` query heads, `Hkv` key/value heads with `H % Hkv == 0`
-    (MHA, GQA, MQA), `Lq` queries, `Lk` keys, `D` head dim of q and k, `Dv` head dim of v.
+    Shape letters: `B...` batch axes (any number, also none), `H` query heads, `Hkv` key/value heads
+    with `H % Hkv == 0` (MHA, GQA, MQA), `Lq` queries, `Lk` keys, `D` head dim of q and k, `Dv` head
+    dim of v.
 
     Parameters
     ----------
     q : array (*B, H, Lq, D)
-        Queries; also (H, Lq, D) and (Lq, D). NumPy arrays run on the CPU; CuPy arrays, and any object with
-        `__cuda_array_interface__` or CUDA `__dlpack__`, on their GPU and CuPy's current stream. float16, bfloat16
-        (`ml_dtypes.bfloat16`), float32 or float64; any strides.
+        Queries; also (H, Lq, D) and (Lq, D). NumPy arrays run on the CPU; CuPy arrays, and any
+        object with `__cuda_array_interface__` or CUDA `__dlpack__`, on their GPU and CuPy's current
+        stream. float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; any strides.
     k : array (*B, Hkv, Lk, D)
         Keys, of q's rank; batch axes equal q's, or 1 (broadcast, no copy).
     v : array (*B, Hkv, Lk, Dv)
@@ -42,10 +43,11 @@ def attention(
     causal : bool
         Row i, at position `d = i + q_offset` of the key axis, sees keys `j <= d`.
     window : (left, right), optional
-        Row i sees keys `d - left <= j <= d + right`, inclusive; each an int >= 0, or None for no bound.
+        Row i sees keys `d - left <= j <= d + right`, inclusive; each an int >= 0, or None for no
+        bound.
     q_offset : int, optional
-        Position of query row 0 on the key axis. Default `Lk - Lq`: the last query sits at the last key (bottom-right
-        alignment). 0 is top-left alignment.
+        Position of query row 0 on the key axis. Default `Lk - Lq`: the last query sits at the last
+        key (bottom-right alignment). 0 is top-left alignment.
     softcap : float, optional
         Logits become `softcap * tanh(logits / softcap)`, before ALiBi and masks.
     alibi_slopes : array (H,) or (*B, H), optional
@@ -53,8 +55,9 @@ def attention(
     scale : float, optional
         Factor on `q @ k.T`: any finite number, 0 and negative included. Default `1 / sqrt(D)`.
     layout : {"HLD", "LHD"}
-        Order of the last three axes of q, k, v and out. "LHD" is (*B, L, H, D), as FlashAttention and JAX have it;
-        lse and alibi_slopes keep their shapes. Arrays of two axes are (L, D) in both.
+        Order of the last three axes of q, k, v and out. "LHD" is (*B, L, H, D), as FlashAttention
+        and JAX have it; lse and alibi_slopes keep their shapes. Arrays of two axes are (L, D) in
+        both.
     return_lse : bool
         Also return the log-sum-exp.
     out : array (*B, H, Lq, Dv), optional
@@ -65,7 +68,8 @@ def attention(
     out : array (*B, H, Lq, Dv)
         In q's dtype and layout; its memory order follows q's.
     lse : array (*B, H, Lq)
-        Natural log of the sum of exp of the final logits, float32 (float64 for float64). Only with `return_lse`.
+        Natural log of the sum of exp of the final logits, float32 (float64 for float64). Only with
+        `return_lse`.
 
     Raises
     ------
@@ -86,8 +90,8 @@ def attention(
 
     Notes
     -----
-    Order of operations: `s = scale * q @ k.T`; softcap; ALiBi; masks set `s = -inf`; softmax; `@ v`. Sums and softmax
-    are float32 for 16-bit and float32 inputs, float64 for float64.
+    Order of operations: `s = scale * q @ k.T`; softcap; ALiBi; masks set `s = -inf`; softmax; `@
+    v`. Sums and softmax are float32 for 16-bit and float32 inputs, float64 for float64.
 
     What a causal row sees with 2 queries and 5 keys, and with 5 queries and 2 keys (1 = sees)::
 
@@ -97,11 +101,12 @@ def attention(
                          1 0
                          1 1
 
-    A row that sees no key has out = 0, lse = -inf and gradient 0, never NaN. What a masked key holds, NaN included,
-    never matters.
+    A row that sees no key has out = 0, lse = -inf and gradient 0, never NaN. What a masked key
+    holds, NaN included, never matters.
 
-    Memory beyond the results is O(Lq + Lk): tiles of keys pass by a running maximum and sum, the algorithm of [1]_
-    (section 3.1) on the online softmax of [2]_, parallel over queries as in [3]_ (section 3).
+    Memory beyond the results is O(Lq + Lk): tiles of keys pass by a running maximum and sum, the
+    algorithm of [1]_ (section 3.1) on the online softmax of [2]_, parallel over queries as in [3]_
+    (section 3).
 
     References
     ----------
@@ -114,8 +119,8 @@ def attention(
     >>> import numpy as np
     >>> from cuflash import attention
     >>> rng = np.random.default_rng(0)
-    >>> q = rng.standard_normal((2, 8, 100, 64), dtype=np.float32)    # batch, heads, queries, head dim
-    >>> k, v = rng.standard_normal((2, 2, 2, 300, 64), dtype=np.float32)  # 2 heads serve the 8 of q
+    >>> q = rng.standard_normal((2, 8, 100, 64), dtype=np.float32)
+    >>> k, v = rng.standard_normal((2, 2, 2, 300, 64), dtype=np.float32)  # 2 heads serve 8
     >>> attention(q, k, v, causal=True).shape
     (2, 8, 100, 64)
 

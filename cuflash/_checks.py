@@ -1,6 +1,7 @@
 """Every rule a call must satisfy, one function per rule, each raising in the form of `_errors`.
 
-Metadata only: shapes, strides, dtypes and Python values. Nothing here reads an array, launches or allocates.
+Metadata only: shapes, strides, dtypes and Python values. Nothing here reads an array, launches or
+allocates.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def scale(value: Any, dtype: str, head_dim: int, seen: Seen) -> float:
     if dtype != "float64" and abs(number) > _FLOAT32_MAX:
         raise seen.error(
             ValueError,
-            f"scale is {number}, and scores of {dtype} inputs are float32, which hold factors up to 2**126.",
+            f"scale is {number}, and float32 scores (of {dtype} inputs) hold factors up to 2**126.",
             "a smaller scale, or float64 arrays.",
         )
     return number
@@ -115,7 +116,7 @@ def softcap(value: Any, dtype: str, seen: Seen) -> float | None:
     if dtype != "float64" and not _FLOAT32_MIN <= number <= _FLOAT32_MAX:
         raise seen.error(
             ValueError,
-            f"softcap is {number}, and scores of {dtype} inputs are float32: 2**-126 to 2**126.",
+            f"softcap is {number}, and float32 scores (of {dtype} inputs) hold 2**-126 to 2**126.",
             "a softcap in that range, or float64 arrays.",
         )
     return number
@@ -275,7 +276,7 @@ def extents(q: Meta, k: Meta, v: Meta, seen: Seen) -> Extents:
             if meta.shape[axis] not in (extent, 1):
                 raise seen.error(
                     ValueError,
-                    f"{name} has extent {meta.shape[axis]} on batch axis {axis}, and q has {extent}.",
+                    f"{name} has {meta.shape[axis]} on batch axis {axis}, and q has {extent}.",
                     "equal extents, or 1 to broadcast.",
                 )
     return Extents(tuple(batch), heads, heads_kv, len_q, len_k, head_dim, head_dim_v)

@@ -1,4 +1,4 @@
-"""The element types cuflash computes with, one row each; everything that depends on a dtype asks this table."""
+"""The element types cuflash computes with, one row each: whatever depends on a dtype asks here."""
 
 from __future__ import annotations
 

@@ -16,14 +16,15 @@ from typing import Any
 
 
 class UnsupportedError(NotImplementedError):
-    """The call is valid, but no kernel serves it; the message says what is missing and what is nearest."""
+    """Valid, but no kernel serves it; the message says what is missing and what is nearest."""
 
 
 class CompileError(RuntimeError):
     """NVRTC refused a kernel; the message holds its log and the path of the generated source."""
 
 
-# The last axes of every array in the order heads, length, dim; what stands before them are batch axes.
+# The last axes of every array in the order heads, length, dim; what stands before them are batch
+# axes.
 _AXES = {
     **dict.fromkeys(("q", "dq"), ("heads", "len_q", "head_dim")),
     **dict.fromkeys(("k", "dk"), ("heads_kv", "len_k", "head_dim")),
@@ -76,8 +77,10 @@ class Seen:
             if shape is None or dtype is None:
                 yield f"  {name:<{width}}  {kind_of(array)}"
             else:
-                yield f"  {name:<{width}}  {tuple(shape)} {shown_dtype(dtype)}{self._legend(name, len(shape))}"
-        # `==` on what users pass by mistake may be an array of its own; identity and type are enough here.
+                legend = self._legend(name, len(shape))
+                yield f"  {name:<{width}}  {tuple(shape)} {shown_dtype(dtype)}{legend}"
+        # `==` on what users pass by mistake may be an array of its own; identity and type are
+        # enough here.
         told = [
             f"{name}={value!r}"
             for name, value in self.options.items()

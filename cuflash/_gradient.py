@@ -1,4 +1,4 @@
-"""Gradients of attention: from saved results (`attention_backward`), or as a pullback (`attention_vjp`)."""
+"""Gradients: from saved results (`attention_backward`), or as a pullback (`attention_vjp`)."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def attention_backward(
     dlse : array (*B, H, Lq), optional
         Gradient of lse, in its dtype; None for 0.
     deterministic : bool
-        Bitwise the same gradients from run to run. On a GPU the default sums q's gradient in whatever order blocks
-        finish, which is faster. The CPU backend is always deterministic.
+        Bitwise the same gradients from run to run. On a GPU the default sums q's gradient in
+        whatever order blocks finish, which is faster. The CPU backend is always deterministic.
     wrt : sequence of str
         What to differentiate: any of "q", "k", "v", and "alibi_slopes" when given.
     causal, window, q_offset, softcap, alibi_slopes, scale, layout
         As in `attention`.
     dq : array (*B, H, Lq, D), optional
-        Where to write q's gradient; writable, dtype of q, overlapping nothing else. It is returned. A buffer for
-        a gradient that `wrt` does not name is an error.
+        Where to write q's gradient; writable, dtype of q, overlapping nothing else. It is returned.
+        A buffer for a gradient that `wrt` does not name is an error.
     dk : array (*B, Hkv, Lk, D), optional
         Same for k.
     dv : array (*B, Hkv, Lk, Dv), optional
@@ -93,8 +93,9 @@ def attention_backward(
     Returns
     -------
     Gradients
-        Named tuple (q, k, v, bias, alibi_slopes, sinks, score_params); None where not asked for. Each has the shape
-        and dtype of its argument: k and v that broadcast over the batch, or serve several heads, get the sum.
+        Named tuple (q, k, v, bias, alibi_slopes, sinks, score_params); None where not asked for.
+        Each has the shape and dtype of its argument: k and v that broadcast over the batch, or
+        serve several heads, get the sum.
 
     Raises
     ------
@@ -108,8 +109,9 @@ def attention_backward(
     Notes
     -----
     With `P = exp(s - lse)` recomputed tile by tile: `dv = P.T @ dout`, `dP = dout @ v.T`,
-    `dS = P * (dP - rowsum(dout * out) + dlse)`, `dq = scale * dS @ k`, `dk = scale * dS.T @ q`; FlashAttention [1]_,
-    section 3.1 and appendix B.2. A row that sees no key gives 0 to every gradient; a key that no row sees gets exactly 0.
+    `dS = P * (dP - rowsum(dout * out) + dlse)`, `dq = scale * dS @ k`, `dk = scale * dS.T @ q`;
+    FlashAttention [1]_, section 3.1 and appendix B.2. A row that sees no key gives 0 to every
+    gradient; a key that no row sees gets exactly 0.
 
     References
     ----------
@@ -162,7 +164,8 @@ def attention_vjp(
     return_lse: bool = False,
     out: Any = None,
 ) -> tuple[Any, Pullback]:
-    """Attention and the function that turns a gradient of its result into gradients of its arguments.
+    """Attention and the function that turns a gradient of its result into gradients of its
+    arguments.
 
     Shape letters as in `attention`.
 
@@ -186,8 +189,9 @@ def attention_vjp(
     out : array (*B, H, Lq, Dv)
         As from `attention`.
     pullback : callable
-        `pullback(dout, dlse=None, *, dq=None, dk=None, dv=None)` returns `Gradients`. It may be called any number of
-        times. It keeps q, k, v, out and lse, not copies: they must not change before it is called.
+        `pullback(dout, dlse=None, *, dq=None, dk=None, dv=None)` returns `Gradients`. It may be
+        called any number of times. It keeps q, k, v, out and lse, not copies: they must not change
+        before it is called.
 
     Raises
     ------
@@ -200,8 +204,8 @@ def attention_vjp(
 
     Notes
     -----
-    Memory kept between the two passes is lse alone beside the arguments and out: scores are recomputed
-    (FlashAttention, arXiv:2205.14135, section 3.1).
+    Memory kept between the two passes is lse alone beside the arguments and out: scores are
+    recomputed (FlashAttention, arXiv:2205.14135, section 3.1).
 
     Examples
     --------
@@ -274,5 +278,5 @@ class Pullback:
 
 
 def _names(wrt: Any) -> Any:
-    """A list or set of names as a tuple, which can be part of a key; anything else is left to the checks."""
+    """A list or set of names as a tuple, which can be part of a key; the checks see the rest."""
     return tuple(wrt) if isinstance(wrt, (list, set, frozenset)) else wrt

@@ -15,15 +15,17 @@ def merge_attention(
 ) -> tuple[Any, Any]:
     """Attention over the union of disjoint sets of keys, from out and lse over each.
 
-    Shape letters as in `attention`. The parts may come from anywhere: chunks of a long sequence, several GPUs one after
-    the other, a cached prefix.
+    Shape letters as in `attention`. The parts may come from anywhere: chunks of a long sequence,
+    several GPUs one after the other, a cached prefix.
 
     Parameters
     ----------
     outs : sequence of arrays (*B, H, Lq, Dv)
-        At least one; equal shapes and dtypes. Arrays in layout "LHD" must be transposed to this order (a view will do).
+        At least one; equal shapes and dtypes. Arrays in layout "LHD" must be transposed to this
+        order (a view will do).
     lses : sequence of arrays (*B, H, Lq)
-        As many; natural logs, float32 (float64 with float64), as `attention(..., return_lse=True)` returns them.
+        As many; natural logs, float32 (float64 with float64), as `attention(..., return_lse=True)`
+        returns them.
     out : array (*B, H, Lq, Dv), optional
         Where to write, which may be one of `outs`; it is returned.
 
@@ -41,9 +43,10 @@ def merge_attention(
 
     Notes
     -----
-    `out = sum_i exp(lse_i - lse) * out_i`, the identity behind split keys (Flash-Decoding) and rings of devices, computed
-    in float32 (float64 on the CPU where it costs little) with the maximum taken out. A part whose lse is -inf saw no key
-    and has no say; when all are, out is 0 and lse -inf. The order of the parts matters only by rounding.
+    `out = sum_i exp(lse_i - lse) * out_i`, the identity behind split keys (Flash-Decoding) and
+    rings of devices, computed in float32 (float64 on the CPU where it costs little) with the
+    maximum taken out. A part whose lse is -inf saw no key and has no say; when all are, out is 0
+    and lse -inf. The order of the parts matters only by rounding.
 
     Examples
     --------
@@ -51,7 +54,8 @@ def merge_attention(
     >>> from cuflash import attention, merge_attention
     >>> rng = np.random.default_rng(0)
     >>> q, k, v = rng.standard_normal((3, 2, 10, 16))
-    >>> parts = [attention(q, k[:, cut], v[:, cut], return_lse=True) for cut in (slice(0, 3), slice(3, 10))]
+    >>> cuts = slice(0, 3), slice(3, 10)
+    >>> parts = [attention(q, k[:, c], v[:, c], return_lse=True) for c in cuts]
     >>> out, lse = merge_attention(*zip(*parts))
     >>> bool(np.allclose(out, attention(q, k, v)))
     True
@@ -89,7 +93,8 @@ def _parts(name: str, parts: Any) -> list[Any]:
     """The parts as a list; an array is taken apart along its first axis."""
     if isinstance(parts, (str, bytes, dict)) or not hasattr(parts, "__iter__"):
         raise TypeError(
-            f"{name} is {kind_of(parts)}, not a sequence of arrays.\n  Way out: {name}=[first, second, ...]."
+            f"{name} is {kind_of(parts)}, not a sequence of arrays.\n"
+            f"  Way out: {name}=[first, second, ...]."
         )
     return list(parts)
 
@@ -141,7 +146,8 @@ def _check(
         _checks.addressable("out", meta, seen)
     at = _arrays.address_of(target)
     for name, array in zip(names, (*outs, *lses), strict=True):
-        # Written where it was read, element by element, is fine; anything else may be overwritten before it is read.
+        # Written where it was read, element by element, is fine; anything else may be overwritten
+        # before it is read.
         same = _arrays.address_of(array) == at and metas[name].strides == meta.strides
         if _arrays.share_memory(target, array) and not (same and name.startswith("outs")):
             raise seen.error(

@@ -1,8 +1,9 @@
-"""From the arguments of a call to something that can be run again: checks and planning happen once per kind of call.
+"""From the arguments of a call to something that can be run again: checks and planning happen once
+per kind of call.
 
-A training or serving loop makes the same call thousands of times with other arrays of the same metadata. All checks
-and all planning depend on that metadata and the options only, so their result is kept under a key made of both; a
-warm call adopts its arrays, makes the key, and runs.
+A training or serving loop makes the same call thousands of times with other arrays of the same
+metadata. All checks and all planning depend on that metadata and the options only, so their result
+is kept under a key made of both; a warm call adopts its arrays, makes the key, and runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ BACKWARD_OPTIONS = (*FORWARD_OPTIONS, "deterministic", "wrt")
 ARRAYS = {"forward": FORWARD_ARRAYS, "backward": BACKWARD_ARRAYS}
 OPTIONS = {"forward": FORWARD_OPTIONS, "backward": BACKWARD_OPTIONS}
 
-# Prepared calls kept. One is a few kilobytes; a server that sees more lengths than this prepares again, 0.1 ms each.
+# Prepared calls kept. One is a few kilobytes; a server that sees more lengths than this prepares
+# again, 0.1 ms each.
 CAPACITY = 1024
 
 
@@ -73,7 +75,7 @@ class CpuBackward:
 
 
 class DeviceForward:
-    """Attention on a device: the kernels are chosen, compiled and loaded here, and launched by each call."""
+    """Attention on a device: kernels are chosen, compiled and loaded here, launched by calls."""
 
     def __init__(
         self, device: Device, problem: Problem, view: Arrangement, arrays: Sequence[Any]
@@ -84,7 +86,7 @@ class DeviceForward:
         q, k, v, slopes, out = arrays
         known = {"q": view.standard(q), "k": view.standard(k), "v": view.standard(v)}
         if slopes is not None:
-            known["alibi_slopes"] = slopes.reshape(-1) if slopes.ndim == 0 else slopes
+            known["alibi_slopes"] = with_head_axis(slopes)
         self._run = _launch.PreparedForward(device, problem, known, view.standard(out))
 
     def __call__(self, q: Any, k: Any, v: Any, slopes: Any, out: Any) -> tuple[Any, Any]:
@@ -96,7 +98,7 @@ class DeviceForward:
             view.standard(q),
             view.standard(k),
             view.standard(v),
-            slopes.reshape(-1) if slopes is not None and slopes.ndim == 0 else slopes,
+            with_head_axis(slopes),
             view.standard(out),
         )
         return view.restore(out), view.restore_rows(lse)
@@ -105,26 +107,34 @@ class DeviceForward:
 class DeviceBackward:
     """Gradients on a device."""
 
-    def __init__(self, device: Device, problem: Problem, view: Arrangement) -> None:
-        self.device, self.problem, self.view = device, problem, view
+    def __init__(
+        self, device: Device, problem: Problem, view: Arrangement, arrays: Sequence[Any]
+    ) -> None:
+        from cuflash import _launch_backward
+
+        self.view = view
+        known, given = self._standard(arrays)
+        self._run = _launch_backward.PreparedBackward(device, problem, known, given)
 
     def __call__(self, *arrays: Any) -> dict[str, Any]:
         """Gradients by argument name, in the caller's order."""
-        from cuflash import _launch
+        return restored(self.view, self._run(*self._standard(arrays)), arrays[7])
 
+    def _standard(self, arrays: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs and gradient buffers by name, in the order (*B, H, L, D)."""
         dout, q, k, v, out, lse, dlse, slopes, *buffers = arrays
         view = self.view
-        flat = slopes.reshape(-1) if slopes is not None and slopes.ndim == 0 else slopes
-        grads = _launch.backward(
-            self.device,
-            self.problem,
-            *(view.standard(x) for x in (dout, q, k, v, out)),
-            view.standard_rows(lse),
-            view.standard_rows(dlse),
-            flat,
-            standard_buffers(view, buffers),
-        )
-        return restored(view, grads, slopes)
+        known = {"dout": dout, "q": q, "k": k, "v": v, "out": out}
+        known = {name: view.standard(array) for name, array in known.items()}
+        known["lse"] = view.standard_rows(lse)
+        known["dlse"] = view.standard_rows(dlse)
+        known["alibi_slopes"] = with_head_axis(slopes)
+        return known, standard_buffers(view, buffers)
+
+
+def with_head_axis(slopes: Any) -> Any:
+    """Slopes of a call without heads may have no axis; below, they always have one."""
+    return slopes.reshape(1) if slopes is not None and slopes.ndim == 0 else slopes
 
 
 def cpu_options(problem: Problem, slopes: Any) -> Options:
@@ -135,7 +145,7 @@ def cpu_options(problem: Problem, slopes: Any) -> Options:
         left=problem.left,
         right=problem.right,
         softcap=problem.softcap,
-        alibi_slopes=slopes.reshape(-1) if slopes is not None and slopes.ndim == 0 else slopes,
+        alibi_slopes=with_head_axis(slopes),
         deterministic=problem.deterministic,
     )
 
@@ -177,7 +187,7 @@ class Prepared:
         ]
 
     def overlap(self, arrays: Sequence[Any]) -> tuple[int, int] | None:
-        """Places of an output and another array that share memory; addresses are all that is looked at."""
+        """Places of an output and another array that share memory; nothing is read."""
         if not self._outputs:
             return None
         ranges = []

@@ -1,7 +1,7 @@
 """Is this call well formed, and what exactly is asked?
 
-A Problem is one attention call without its arrays: extents, memory layout, options, all checked. It is frozen and hashable, so
-planning is a function of it and can be cached.
+A Problem is one attention call without its arrays: extents, memory layout, options, all checked. It
+is frozen and hashable, so planning is a function of it and can be cached.
 """
 
 from __future__ import annotations
@@ -107,14 +107,16 @@ class Problem:
         ----------
         direction : {"forward", "backward"}
         arrays : name -> Meta
-            Metadata of every array given, in the caller's layout: "q", "k", "v", perhaps "alibi_slopes" and "out"; in
-            backward also "dout", "lse", perhaps "dlse", "dq", "dk", "dv".
+            Metadata of every array given, in the caller's layout: "q", "k", "v", perhaps
+            "alibi_slopes" and "out"; in backward also "dout", "lse", perhaps "dlse", "dq", "dk",
+            "dv".
         options : name -> value
             causal, window, q_offset, scale, softcap, layout; in backward also deterministic, wrt.
         seen : Seen
             The arguments as the user gave them, for messages.
         on_device : bool
-            Whether kernels will read these arrays, whose elements must then lie at multiples of their size.
+            Whether kernels will read these arrays, whose elements must then lie at multiples of
+            their size.
 
         Raises
         ------
