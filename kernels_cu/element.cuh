@@ -8,11 +8,13 @@
 //   EXPONENT        u16 mask of the exponent; all ones there means infinity or NaN
 //   ONE             the bits of 1
 //   pack(lo, hi)    two floats -> u32, rounded to nearest even
+//   from_float(x)   one float -> its bits, the same rounding
 //   to_float(bits)  exact
 //   mma(d, a, b0, b1)   d (16x8, float) += a (16x16) * b (16x8)
 struct f16 {
     static constexpr u16 EXPONENT = 0x7c00, ONE = 0x3c00;
     DEV u32 pack(float low, float high) { return cvt_rn_f16x2_f32(low, high); }
+    DEV u16 from_float(float x) { return (u16)pack(x, 0.f); }
     DEV float to_float(u16 bits) { return cvt_f32_f16(bits); }
     DEV void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         mma_m16n8k16_f16(d, a, b0, b1);
@@ -23,6 +25,7 @@ struct f16 {
 struct bf16 {
     static constexpr u16 EXPONENT = 0x7f80, ONE = 0x3f80;
     DEV u32 pack(float low, float high) { return cvt_rn_bf16x2_f32(low, high); }
+    DEV u16 from_float(float x) { return (u16)pack(x, 0.f); }
     DEV float to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
     DEV void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
         mma_m16n8k16_bf16(d, a, b0, b1);
