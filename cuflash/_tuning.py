@@ -1,0 +1,99 @@
+"""Which tile sizes each architecture uses: tables of numbers, no rules.
+
+Rows are keyed by (architecture family, (HEAD_DIM, HEAD_DIM_V)). A tile is a trade between registers (a warp's accumulators), shared
+memory (how many blocks share a multiprocessor) and barriers.
+
+Forward, by example of head_dim 128: 4 warps of 32 rows hold 128 floats of output and 64 of scores per thread, so every fragment of
+K and V read from shared memory feeds two products; with 16 rows per warp shared memory would be the limit. One stage is 64 KiB
+and lets two blocks share an A100 multiprocessor; the second stage needs the 227 KiB of an H100. sm_86, 89 and 120 have 100 KiB per
+multiprocessor: two blocks of 48 KiB.
+
+Dates are those of the last change; "chosen" means from register counts and arithmetic, "measured" names the GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The compile-time shape of a kernel.
+
+    Parameters
+    ----------
+    block_q, block_k : int
+        Query rows and keys per tile.
+    warps : int
+        Warps per block.
+    stages : int
+        Tiles of the walked operands in shared memory at a time.
+    min_blocks : int
+        Blocks per multiprocessor the register allocation must allow.
+    q_in_registers : bool
+        Keep the fragments of Q in registers instead of reading them from shared memory for every key tile.
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int = 1
+    min_blocks: int = 1
+    q_in_registers: bool = False
+
+
+def family(arch: str) -> str:
+    """The row key of an architecture: "sm_89" -> "sm_86", which has the same 99 KiB of shared memory per block."""
+    number = int(arch.removeprefix("sm_").rstrip("af"))
+    if number < 80:
+        return "sm_75"
+    if number < 86 or number == 87:
+        return "sm_80"
+    if number < 90 or number >= 120:
+        return "sm_86"
+    return "sm_90"
+
+
+# 2026-11-20, chosen.
+FORWARD: dict[tuple[str, tuple[int, int]], Tile] = {
+    ("sm_75", (32, 32)): Tile(64, 64, 4, q_in_registers=True),
+    ("sm_75", (64, 64)): Tile(64, 64, 4, q_in_registers=True),
+    ("sm_75", (96, 96)): Tile(64, 64, 4),
+    ("sm_75", (128, 128)): Tile(64, 64, 4),
+    ("sm_75", (192, 128)): Tile(64, 32, 4),
+    ("sm_75", (192, 192)): Tile(64, 32, 4),
+    ("sm_75", (256, 256)): Tile(64, 32, 4),
+    ("sm_80", (32, 32)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
+    ("sm_80", (64, 64)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
+    ("sm_80", (96, 96)): Tile(128, 64, 4, min_blocks=2),
+    ("sm_80", (128, 128)): Tile(128, 64, 4, min_blocks=2),
+    ("sm_80", (192, 128)): Tile(64, 64, 4, min_blocks=2),
+    ("sm_80", (192, 192)): Tile(64, 64, 4, min_blocks=2),
+    ("sm_80", (256, 256)): Tile(64, 32, 4, min_blocks=2),
+    ("sm_86", (32, 32)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
+    ("sm_86", (64, 64)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
+    ("sm_86", (96, 96)): Tile(128, 32, 4, min_blocks=2),
+    ("sm_86", (128, 128)): Tile(128, 32, 4, min_blocks=2),
+    ("sm_86", (192, 128)): Tile(64, 32, 4, min_blocks=2),
+    ("sm_86", (192, 192)): Tile(64, 32, 4, min_blocks=2),
+    ("sm_86", (256, 256)): Tile(64, 32, 4),
+    ("sm_90", (32, 32)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
+    ("sm_90", (64, 64)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
+    ("sm_90", (96, 96)): Tile(128, 64, 4, stages=2, min_blocks=2),
+    ("sm_90", (128, 128)): Tile(128, 64, 4, stages=2, min_blocks=2),
+    ("sm_90", (192, 128)): Tile(64, 64, 4, stages=2, min_blocks=2),
+    ("sm_90", (192, 192)): Tile(64, 64, 4, stages=2, min_blocks=1),
+    ("sm_90", (256, 256)): Tile(64, 64, 4, min_blocks=2),
+}
+
+
+def forward_tile(arch: str, head_dim: int, head_dim_v: int) -> Tile:
+    """The forward tile of compiled head dims on an architecture."""
+    return FORWARD[family(arch), (head_dim, head_dim_v)]
+
+
+def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
+    """Dynamic shared memory of forward: one tile of Q (later the output), `stages` tiles of K and V."""
+    return 2 * (
+        tile.block_q * head_dim + tile.stages * tile.block_k * (head_dim + head_dim_v)
+    )

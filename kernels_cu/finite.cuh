@@ -1,0 +1,55 @@
+// Keeping an infinity or NaN with the pairs that see it. Masked pairs have probability 0, but 0 * NaN = NaN: without care one bad value
+// in a key would reach rows that must not see that key. Only tiles cut by the mask can have such pairs.
+#pragma once
+
+#include "masks.cuh"
+#include "tile.cuh"
+
+// Replaces infinities and NaNs of a landed tile by zeros; all threads of the block. True (for every thread) if there were any.
+// The tile is ready for use after it: the vote is a barrier.
+template <class Element, class Tile, int THREADS>
+DEV bool remove_non_finite(u32 smem) {
+    bool found = false;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tile::BYTES / 16; i += THREADS) {
+        const uint4 chunk = ld_shared_v4(smem + i * 16);
+        const uint4 clean = make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),
+                                       finite_or_zero<Element>(chunk.z), finite_or_zero<Element>(chunk.w));
+        if (clean.x == chunk.x && clean.y == chunk.y && clean.z == chunk.z && clean.w == chunk.w) continue;
+        st_shared_v4(smem + i * 16, clean);
+        found = true;
+    }
+    return __syncthreads_or(found);
+}
+
+// Adds what remove_non_finite took out to the pairs that see it: acc[row, column] += source[key, column] for every visible (row, key)
+// and every infinite or NaN source element. No probability is needed: NaN stays NaN and infinity times anything positive infinity.
+//   source      the tile's rows in global memory, `keys` among them
+//   first_row   of this warp's accumulator
+//   keep        (row, key) -> bool
+template <class Element, int M16, int N8, class Keep>
+DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys, int first_row, Keep keep) {
+#pragma unroll 1
+    for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
+        bool sees[M16][2];
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                sees[m][half] = keep(first_row + m * 16 + half * 8 + lane_id() / 4, key);
+#pragma unroll
+        for (int n = 0; n < N8; ++n)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int column = n * 8 + lane_id() % 4 * 2 + e;
+                if (column >= source.columns) continue;
+                const u16 bits = ld_global_u16(source.base + key * source.stride + column);
+                if (is_finite<Element>(bits)) continue;
+#pragma unroll
+                for (int m = 0; m < M16; ++m)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        if (sees[m][half]) acc.x[m][n][2 * half + e] += Element::to_float(bits);
+            }
+    }
+}
