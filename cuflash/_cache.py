@@ -47,18 +47,23 @@ def paths(name: str, digest: str) -> tuple[Path, Path]:
     return folder / f"{name}-{digest}.cu", folder / f"{name}-{digest}.cubin"
 
 
-def is_whole_elf(data: bytes) -> bool:
-    """True when `data` is a 64-bit ELF file that reaches to the end of its section table.
-
-    A cubin is an ELF file whose section headers come last or near it; a truncated copy (power cut, full disk on a
-    file system that renames before it writes) is thereby noticed without loading it.
-    """
+def elf_length(data: bytes) -> int | None:
+    """Bytes a 64-bit ELF file needs to hold its program and section tables; None when it is no such file."""
     if len(data) < 64 or data[:4] != b"\x7fELF" or data[4] != 2:
-        return False
+        return None
     program_at, section_at = struct.unpack_from("<QQ", data, 32)
     program_size, programs, section_size, sections = struct.unpack_from("<HHHH", data, 54)
-    end = max(section_at + section_size * sections, program_at + program_size * programs)
-    return len(data) >= end > 64
+    return max(section_at + section_size * sections, program_at + program_size * programs)
+
+
+def is_whole_elf(data: bytes) -> bool:
+    """True when `data` is a 64-bit ELF file that reaches to the end of its tables.
+
+    In a cubin the tables come last; a truncated copy (power cut, full disk on a file system that renames before it
+    writes) is thereby noticed without loading it.
+    """
+    length = elf_length(data)
+    return length is not None and 64 < length <= len(data)
 
 
 def read(name: str, digest: str) -> bytes | None:

@@ -207,7 +207,12 @@ class Backward:
         return _common_refusals(problem, arch)
 
     def specialization(
-        self, kernel: str, arch: str, element: str, dims: tuple[int, int], linear: bool,
+        self,
+        kernel: str,
+        arch: str,
+        element: str,
+        dims: tuple[int, int],
+        linear: bool,
         accumulate: bool = False,
     ) -> Specialization:
         """One of the backward kernels; `accumulate`: dkdv also gathers dQ."""
@@ -221,8 +226,13 @@ class Backward:
         )
 
     def kernels(
-        self, arch: str, element: str, dims: tuple[int, int], linear: bool,
-        wrt: tuple[str, ...], deterministic: bool,
+        self,
+        arch: str,
+        element: str,
+        dims: tuple[int, int],
+        linear: bool,
+        wrt: tuple[str, ...],
+        deterministic: bool,
     ) -> BackwardKernels:
         """What computes the gradients in `wrt`."""
 
@@ -260,7 +270,11 @@ class Backward:
         """See Candidate."""
         dims = dim_pair(problem.head_dim, problem.head_dim_v)
         kernels = self.kernels(
-            arch, ELEMENTS[problem.dtype], dims, is_linear(problem), problem.wrt,
+            arch,
+            ELEMENTS[problem.dtype],
+            dims,
+            is_linear(problem),
+            problem.wrt,
             problem.deterministic,
         )
         heads = _total_heads(problem, problem.heads)
@@ -294,7 +308,12 @@ class Backward:
             tiles = launches[-1].schedule.tiles  # of backward_dq, whose partials these are
             scratch.append(Scratch("slope_partial", (heads, tiles), "float32"))
             launches.append(
-                Launch(kernels.slopes, _check_grid(problem, heads), kernels.slopes.constant("WARPS") * 32, 0,
-                       Schedule(tiles, 1, False))
+                Launch(
+                    kernels.slopes,
+                    _check_grid(problem, heads),
+                    kernels.slopes.constant("WARPS") * 32,
+                    0,
+                    Schedule(tiles, 1, False),
+                )
             )
         return Plan(self.name, tuple(launches), tuple(scratch))

@@ -145,9 +145,7 @@ def source_path(spec: Specialization) -> Path:
     """Where the generated source of `spec` is (or will be) kept."""
     from cupy.cuda import nvrtc
 
-    entry = _cache.key(
-        source(spec), " ".join(OPTIONS), spec.arch, f"nvrtc {nvrtc.getVersion()}"
-    )
+    entry = _cache.key(source(spec), " ".join(OPTIONS), spec.arch, f"nvrtc {nvrtc.getVersion()}")
     return _cache.paths(spec.name, entry)[0]
 
 
@@ -167,7 +165,9 @@ def compile_cubin(text: str, name: str, arch: str, path: Path | None) -> bytes:
         if "C75" in log:
             # Serialised wgmma or an ignored setmaxnreg: compiles, and runs several times too slowly.
             raise CompileError(_report(name, arch, path, log))
-        return nvrtc.getCUBIN(program)
+        cubin = nvrtc.getCUBIN(program)
+        # CuPy takes the cubin for a C string and drops its last byte, a zero inside the program table.
+        return cubin.ljust(_cache.elf_length(cubin) or 0, b"\0")
     finally:
         nvrtc.destroyProgram(program)
 

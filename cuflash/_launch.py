@@ -207,7 +207,9 @@ class OrderedEmpty:
     """Allocates a dense result whose axes lie in memory in the order of a reference array's."""
 
     def __init__(self, shape: tuple[int, ...], reference: Any) -> None:
-        order = axes_by_stride(reference) if len(shape) == reference.ndim else list(range(len(shape)))
+        order = (
+            axes_by_stride(reference) if len(shape) == reference.ndim else list(range(len(shape)))
+        )
         self._dense = tuple(shape[axis] for axis in order)
         self._inverse = tuple(sorted(range(len(order)), key=order.__getitem__))
         self._plain = order == list(range(len(order)))

@@ -73,10 +73,7 @@ class PreparedBackward:
     ) -> None:
         self._device, self._problem = device, problem
         self._empty = (
-            problem.len_q == 0
-            or problem.len_k == 0
-            or 0 in problem.batch
-            or problem.heads == 0
+            problem.len_q == 0 or problem.len_k == 0 or 0 in problem.batch or problem.heads == 0
         )
         self._targets = {
             name: Target(problem, arrays[name], given.get(name), GRADIENTS[name])
@@ -106,9 +103,7 @@ class PreparedBackward:
         pointers = len(_params.BACKWARD_POINTERS)
         self._steps = steps_of(self._plan, device, struct, pointers)
 
-    def __call__(
-        self, arrays: Mapping[str, Any], given: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def __call__(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Run on the current stream; returns the gradient of every name in `wrt`."""
         device = self._device
         with device.activate():

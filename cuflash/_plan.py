@@ -13,7 +13,16 @@ from cuflash._errors import UnsupportedError
 from cuflash._plan_values import Launch, Plan, Schedule, Scratch
 from cuflash._problem import Problem
 
-__all__ = ["CANDIDATES", "Launch", "Plan", "Schedule", "Scratch", "all_specializations", "plan", "refusals"]
+__all__ = [
+    "CANDIDATES",
+    "Launch",
+    "Plan",
+    "Schedule",
+    "Scratch",
+    "all_specializations",
+    "plan",
+    "refusals",
+]
 
 
 class Candidate(Protocol):
@@ -76,7 +85,11 @@ def describe_refusals(problem: Problem, arch: str) -> str:
         for reason in reasons
         if not reason.startswith("does not compute")
     ]
-    way_out = "float16 or bfloat16" if problem.dtype not in _candidates.ELEMENTS else "head dims up to 256"
+    way_out = (
+        "float16 or bfloat16"
+        if problem.dtype not in _candidates.ELEMENTS
+        else "head dims up to 256"
+    )
     if problem.dtype == "bfloat16" and problem.head_dim <= 256 and problem.head_dim_v <= 256:
         way_out = "float16"
     return (

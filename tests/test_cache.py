@@ -12,8 +12,6 @@ import pytest
 
 from cuflash import _cache, _compile
 
-pytest.importorskip("cupy.cuda.nvrtc", reason="CuPy brings the NVRTC binding")
-
 SPEC = _compile.Specialization(
     "merge", "sm_80", "f16", 0, 0, "", constants=(("WARPS", 4), ("MIN_BLOCKS", 1))
 )
@@ -85,7 +83,9 @@ def test_a_killed_process_leaves_a_usable_cache(folder: Path) -> None:
 def test_a_damaged_cubin_is_compiled_again(folder: Path, damage: str, monkeypatch) -> None:
     good = _compile.build(SPEC)
     path = _compile.source_path(SPEC).with_suffix(".cubin")
-    path.write_bytes({"truncated": good[: len(good) // 2], "empty": b"", "text": b"x" * 999}[damage])
+    path.write_bytes(
+        {"truncated": good[: len(good) // 2], "empty": b"", "text": b"x" * 999}[damage]
+    )
     monkeypatch.setattr(_compile, "_built", {})
     assert _compile.build(SPEC) == good
     assert path.read_bytes() == good
