@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash._checks import flag
-from cuflash._errors import Seen
 from cuflash._prepare import prepared
 
 
@@ -134,10 +132,10 @@ def attention(
     array([[0, 0, 1, 1, 0],
            [0, 0, 0, 1, 1]])
     """
-    if return_lse is not True and return_lse is not False:
-        return_lse = flag("return_lse", return_lse, Seen({"q": q, "k": k, "v": v}))
     call, arrays = prepared(
-        "forward", (q, k, v, alibi_slopes, out), (causal, window, q_offset, scale, softcap, layout)
+        "forward",
+        (q, k, v, alibi_slopes, out),
+        (causal, window, q_offset, scale, softcap, layout, return_lse),
     )
     result, lse = call.run(*arrays)
     if out is not None:

@@ -67,16 +67,17 @@ def integer(name: str, value: Any, seen: Seen) -> int:
     )
 
 
+def _is_real(value: Any) -> bool:
+    if isinstance(value, (bool, np.bool_)):
+        return False
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        return value.dtype.kind in "iuf" or value.dtype == _dtypes.BY_NAME["bfloat16"].numpy
+    return isinstance(value, numbers.Real)
+
+
 def real(name: str, value: Any, seen: Seen) -> float:
     """A finite real number: Python's, NumPy's, or a NumPy array of no axes."""
-    number_like = isinstance(value, numbers.Real) or (
-        isinstance(value, (np.generic, np.ndarray))
-        and value.ndim == 0
-        and value.dtype.kind in "iuf"
-        or getattr(value, "dtype", None) == _dtypes.BY_NAME["bfloat16"].numpy
-        and np.ndim(value) == 0
-    )
-    if not number_like or isinstance(value, (bool, np.bool_)):
+    if not _is_real(value):
         raise seen.error(
             TypeError, f"{name} is {kind_of(value)}, not a real number.", f"pass {name} as a float."
         )

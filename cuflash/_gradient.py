@@ -238,7 +238,7 @@ def attention_vjp(
         "layout": layout,
     }
     deterministic = _checks.flag("deterministic", deterministic, seen)
-    return_lse = _checks.flag("return_lse", return_lse, seen)
+    _checks.flag("return_lse", return_lse, seen)
     result, lse = attention(q, k, v, **options, return_lse=True, out=out)
     options.update(deterministic=deterministic, wrt=wrt)
     pullback = Pullback((q, k, v, result, lse), options)

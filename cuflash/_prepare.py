@@ -24,8 +24,9 @@ FORWARD_ARRAYS = ("q", "k", "v", "alibi_slopes", "out")
 BACKWARD_ARRAYS = ("dout", "q", "k", "v", "out", "lse", "dlse", "alibi_slopes", "dq", "dk", "dv")
 REQUIRED = {"forward": 3, "backward": 6}
 OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
-FORWARD_OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "layout")
-BACKWARD_OPTIONS = (*FORWARD_OPTIONS, "deterministic", "wrt")
+_OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "layout")
+FORWARD_OPTIONS = (*_OPTIONS, "return_lse")
+BACKWARD_OPTIONS = (*_OPTIONS, "deterministic", "wrt")
 ARRAYS = {"forward": FORWARD_ARRAYS, "backward": BACKWARD_ARRAYS}
 OPTIONS = {"forward": FORWARD_OPTIONS, "backward": BACKWARD_OPTIONS}
 
@@ -64,7 +65,11 @@ class CpuBackward:
         dout, q, k, v, out, lse, dlse, slopes, *buffers = arrays
         view, problem = self.view, self.problem
         grads = _cpu.backward(
-            *(view.standard(x) for x in (dout, q, k, v, out)),
+            view.standard(dout),
+            view.standard(q),
+            view.standard(k),
+            view.standard(v),
+            view.standard(out),
             view.standard_rows(lse),
             cpu_options(problem, slopes),
             dlse=view.standard_rows(dlse),
@@ -177,10 +182,14 @@ class Prepared:
     __slots__ = ("_outputs", "_spans", "problem", "run")
 
     def __init__(
-        self, direction: str, problem: Problem, run: Callable[..., Any], metas: Any
+        self,
+        direction: str,
+        problem: Problem,
+        run: Callable[..., Any],
+        metas: Sequence[Meta | None],
     ) -> None:
         self.problem, self.run = problem, run
-        self._spans = [None if meta is None else meta.span() for meta in metas]
+        self._spans = {place: meta.span() for place, meta in enumerate(metas) if meta is not None}
         names = ARRAYS[direction]
         self._outputs = [
             names.index(n) for n in OUTPUTS[direction] if metas[names.index(n)] is not None
@@ -190,14 +199,14 @@ class Prepared:
         """Places of an output and another array that share memory; nothing is read."""
         if not self._outputs:
             return None
-        ranges = []
-        for array, span in zip(arrays, self._spans, strict=True):
-            at = 0 if array is None else _arrays.address_of(array)
-            ranges.append(None if array is None else (at + span[0], at + span[1]))
+        ranges = {}
+        for place, (low, high) in self._spans.items():
+            at = _arrays.address_of(arrays[place])
+            ranges[place] = at + low, at + high
         for place in self._outputs:
             low, high = ranges[place]
-            for other, reach in enumerate(ranges):
-                if reach is None or other == place or reach[0] >= high or reach[1] <= low:
+            for other, (start, stop) in ranges.items():
+                if other == place or start >= high or stop <= low:
                     continue
                 if _arrays.share_memory(arrays[place], arrays[other]):
                     return place, other
@@ -219,7 +228,7 @@ def key_of(
     window = values[1]
     return (
         direction,
-        device.key if on_device else None,
+        device.key if device is not None else None,
         *[None if a is None else _arrays.signature(a, on_device) for a in arrays],
         *values,
         *map(type, values),
@@ -291,21 +300,22 @@ def prepare(
         seen_of(direction, arrays, values),
         on_device=device is not None,
     )
-    view = Arrangement(arrays[names.index("q")].ndim, values[FORWARD_OPTIONS.index("layout")])
+    view = Arrangement(arrays[names.index("q")].ndim, values[_OPTIONS.index("layout")])
     run: Callable[..., Any]
-    if direction == "forward":
-        run = (
-            CpuForward(problem, view)
-            if device is None
-            else DeviceForward(device, problem, view, arrays)
-        )
+    if device is None:
+        run = (CpuForward if direction == "forward" else CpuBackward)(problem, view)
     else:
-        run = (
-            CpuBackward(problem, view) if device is None else DeviceBackward(device, problem, view)
-        )
+        on_device = DeviceForward if direction == "forward" else DeviceBackward
+        run = on_device(device, problem, view, arrays)
     return Prepared(direction, problem, run, metas)
 
 
 def meta_of(array: Any, on_device: bool) -> Meta:
     """Metadata of an adopted array."""
     return Meta(*_arrays.signature(array, on_device))
+
+
+def forget() -> None:
+    """Drop every prepared call, and with it the devices and loaded kernels that only they keep."""
+    with _lock:
+        _calls.clear()

@@ -111,7 +111,8 @@ class Problem:
             "alibi_slopes" and "out"; in backward also "dout", "lse", perhaps "dlse", "dq", "dk",
             "dv".
         options : name -> value
-            causal, window, q_offset, scale, softcap, layout; in backward also deterministic, wrt.
+            causal, window, q_offset, scale, softcap, layout; in forward also return_lse, in
+            backward deterministic, wrt.
         seen : Seen
             The arguments as the user gave them, for messages.
         on_device : bool
@@ -124,6 +125,7 @@ class Problem:
             Wrong kinds and dtypes; wrong shapes and values.
         """
         layout = _checks.layout(options["layout"], seen)
+        _checks.flag("return_lse", options.get("return_lse", False), seen)
         dtype = _checks.dtype(arrays, seen)
         view = Arrangement(_checks.ranks(arrays, seen), layout)
         q, k, v = (view.standard_meta(arrays[name]) for name in ("q", "k", "v"))

@@ -1,0 +1,51 @@
+"""Three machines behind one fixture: the CPU backend, an emulated GPU, and with `--gpu` a real one.
+
+A test that takes `backend` is written once, calls `cuflash` as a user does, and runs on each of
+them. `wide_backend` leaves the emulator out, for sizes it cannot run in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.machines import Cupy, Emulator, Machine, Numpy
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="also run on the CUDA device, through CuPy")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--gpu"):
+        return
+    kept = [item for item in items if item.get_closest_marker("gpu") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+_CUPY = pytest.param(Cupy, id="cupy", marks=pytest.mark.gpu)
+_EMULATOR = pytest.param(Emulator, id="emulator")
+_NUMPY = pytest.param(Numpy, id="numpy")
+
+
+@pytest.fixture(params=[_NUMPY, _EMULATOR, _CUPY])
+def backend(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Every machine."""
+    with request.param() as machine:
+        yield machine
+
+
+@pytest.fixture(params=[_NUMPY, _CUPY])
+def wide_backend(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Every machine but the emulator, whose minutes these sizes would take."""
+    with request.param() as machine:
+        yield machine
+
+
+@pytest.fixture(params=[_EMULATOR, _CUPY])
+def device_backend(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Machines that run kernels."""
+    with request.param() as machine:
+        yield machine
