@@ -1,8 +1,9 @@
 """Compiled kernels on disk, shared by processes that know nothing of each other.
 
-An entry is two files, `name-key.cu` (the generated source, readable and compilable by hand) and `name-key.cubin`. Both are written to
-a temporary name and renamed, so a reader sees a whole file or none; the cubin comes last, so an entry that has one has both. A
-directory that cannot be written (read-only, full) costs one warning; kernels are then kept in memory only.
+An entry is two files, `name-key.cu` (the generated source, readable and compilable by hand) and
+`name-key.cubin`. Both are written to a temporary name and renamed, so a reader sees a whole file or
+none; the cubin comes last, so an entry that has one has both. A directory that cannot be written
+(read-only, full) costs one warning; kernels are then kept in memory only.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def elf_length(data: bytes) -> int | None:
 def is_whole_elf(data: bytes) -> bool:
     """True when `data` is a 64-bit ELF file that reaches to the end of its tables.
 
-    In a cubin the tables come last; a truncated copy (power cut, full disk on a file system that renames before it
-    writes) is thereby noticed without loading it.
+    In a cubin the tables come last; a truncated copy (power cut, full disk on a file system that
+    renames before it writes) is thereby noticed without loading it.
     """
     length = elf_length(data)
     return length is not None and 64 < length <= len(data)

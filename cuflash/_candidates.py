@@ -1,7 +1,7 @@
 """The portable family (mma.sync): which problems it serves and with which launches.
 
-Runs on every architecture from sm_75 on and is the fallback everywhere. A family states why it refuses a Problem; an empty list means
-that it can run. Numbers live in `_tuning.py`, rules here.
+Runs on every architecture from sm_75 on and is the fallback everywhere. A family states why it
+refuses a Problem; an empty list means that it can run. Numbers live in `_tuning.py`, rules here.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class BackwardKernels:
 class Backward:
     """Portable backward: mma.sync, kernels_cu/backward_*.cuh.
 
-    Deterministic: dK and dV per key tile, dQ in a pass of its own. Otherwise dQ is gathered by float32 reductions
-    during the first pass, which saves forming the scores a second time.
+    Deterministic: dK and dV per key tile, dQ in a pass of its own. Otherwise dQ is gathered by
+    float32 reductions during the first pass, which saves forming the scores a second time.
     """
 
     name = "backward"

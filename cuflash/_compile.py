@@ -1,8 +1,8 @@
 """How a kernel is built: Specialization -> a dozen lines of generated source -> NVRTC -> cubin.
 
-Nothing is pre-instantiated. Equal Specializations share one binary, and a length never enters one, so a new length never recompiles.
-The cubin is made for the exact architecture ("sm_90a" too, which CuPy's own path cannot name) by the NVRTC that CuPy loads; neither
-nvcc nor a GPU is needed.
+Nothing is pre-instantiated. Equal Specializations share one binary, and a length never enters one,
+so a new length never recompiles. The cubin is made for the exact architecture ("sm_90a" too, which
+CuPy's own path cannot name) by the NVRTC that CuPy loads; neither nvcc nor a GPU is needed.
 """
 
 from __future__ import annotations

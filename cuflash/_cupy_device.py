@@ -1,6 +1,7 @@
 """The device seam on a real GPU, through CuPy.
 
-CuPy owns memory, streams and modules; cuflash brings cubins. CuPy is imported when the first CUDA array arrives, never before.
+CuPy owns memory, streams and modules; cuflash brings cubins. CuPy is imported when the first CUDA
+array arrives, never before.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class CupyDevice:
 def architecture(major: int, minor: int) -> str:
     """The newest architecture this NVRTC can compile for that a device of `major.minor` runs.
 
-    A cubin runs on every later minor of its major, so an unknown minor takes the nearest older one. 9.0 gets the
-    architecture-specific "sm_90a".
+    A cubin runs on every later minor of its major, so an unknown minor takes the nearest older one.
+    9.0 gets the architecture-specific "sm_90a".
     """
     if major * 10 + minor == 90:
         return "sm_90a"

@@ -1,11 +1,12 @@
 """The seam between cuflash and whatever runs its kernels.
 
-Everything below a Plan that touches a device goes through this protocol: allocate, take an address, build and launch a
-kernel. There are two implementations: CuPy (`_cupy_device.py`) and, for machines without a GPU, the PTX emulator of the
-test-suite. Argument checks, planning, workspaces and launch configuration are therefore the same code on both.
+Everything below a Plan that touches a device goes through this protocol: allocate, take an address,
+build and launch a kernel. There are two implementations: CuPy (`_cupy_device.py`) and, for machines
+without a GPU, the PTX emulator of the test-suite. Argument checks, planning, workspaces and launch
+configuration are therefore the same code on both.
 
-Users never see this seam: CuPy arrays select the device that holds them. Tests route NumPy arrays to another device for
-the length of a `with use_device(device):` block.
+Users never see this seam: CuPy arrays select the device that holds them. Tests route NumPy arrays
+to another device for the length of a `with use_device(device):` block.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """What runs on the stream: allocate, fill one params struct, launch a Plan.
 
-A prepared call has everything that does not depend on addresses: the loaded kernels, the packed struct, which arrays need an internal
-copy. A warm call then costs an allocation, a few additions of bytes and the launch itself.
+A prepared call has everything that does not depend on addresses: the loaded kernels, the packed
+struct, which arrays need an internal copy. A warm call then costs an allocation, a few additions of
+bytes and the launch itself.
 
-Kernels take any row, head and batch strides, but columns must be contiguous and strides whole elements; an array that breaks this
-is copied (inputs) or computed beside and copied back (outputs), on the same stream.
+Kernels take any row, head and batch strides, but columns must be contiguous and strides whole
+elements; an array that breaks this is copied (inputs) or computed beside and copied back (outputs),
+on the same stream.
 """
 
 from __future__ import annotations
@@ -85,9 +87,9 @@ def merge_axes(
 
 # The last axes of each array that are not batch axes: (H, L, D), (H, L) or (H,).
 TRAILING = {
-    **{name: 3 for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")},
-    **{name: 2 for name in ("lse", "dlse")},
-    **{name: 1 for name in ("slope", "dslope")},
+    **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), 3),
+    **dict.fromkeys(("lse", "dlse"), 2),
+    **dict.fromkeys(("slope", "dslope"), 1),
 }
 
 

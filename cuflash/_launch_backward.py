@@ -1,8 +1,9 @@
 """Backward on the stream: workspaces, gradient buffers, the launches of a backward Plan.
 
-A gradient has the shape and memory order of its argument. Kernels write straight into it unless its columns are not contiguous (then
-into a buffer that is copied back) or its argument was broadcast along a batch axis (then into one gradient per batch element, which are
-summed in float32, in a fixed order).
+A gradient has the shape and memory order of its argument. Kernels write straight into it unless its
+columns are not contiguous (then into a buffer that is copied back) or its argument was broadcast
+along a batch axis (then into one gradient per batch element, which are summed in float32, in a
+fixed order).
 """
 
 from __future__ import annotations

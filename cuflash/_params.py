@@ -1,7 +1,8 @@
-"""What a kernel receives: NumPy structs with the layout of kernels_cu/params.cuh (a test compares every offset).
+"""What a kernel receives: NumPy structs with the layout of kernels_cu/params.cuh (a test compares
+every offset).
 
-A struct starts with its pointers. Everything after them depends on the Problem and the Plan only, so a prepared call packs it once
-and a warm call only puts new pointers in front.
+A struct starts with its pointers. Everything after them depends on the Problem and the Plan only,
+so a prepared call packs it once and a warm call only puts new pointers in front.
 """
 
 from __future__ import annotations

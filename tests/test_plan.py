@@ -59,7 +59,7 @@ def test_plans_only_use_listed_kernels() -> None:
         listed = set(_plan.all_specializations(arch))
         for dims in itertools.product((1, 8, 40, 64, 96, 111, 128, 160, 256), repeat=2):
             for scale, deterministic in itertools.product((0.1, 0.0), (True, False)):
-                common = dict(head_dim=dims[0], head_dim_v=dims[1], scale=scale)
+                common = {"head_dim": dims[0], "head_dim_v": dims[1], "scale": scale}
                 calls = [problem(**common), backward(**common, deterministic=deterministic)]
                 calls += [
                     backward(**common, wrt=wrt, alibi=True)

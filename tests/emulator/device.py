@@ -1,9 +1,11 @@
-"""The device seam on the emulator: what `cuflash` runs through when tests send NumPy arrays to an emulated GPU.
+"""The device seam on the emulator: what `cuflash` runs through when tests send NumPy arrays to an
+emulated GPU.
 
     with use_device(EmulatedDevice("sm_80", seed=1)):
         out = cuflash.attention(q, k, v)      # NumPy arrays, the PTX of the shipped kernel
 
-Checks, planning, workspaces and launch configuration are the package's own; only allocation, compilation and launch are replaced.
+Checks, planning, workspaces and launch configuration are the package's own; only allocation,
+compilation and launch are replaced.
 """
 
 from __future__ import annotations
