@@ -5,18 +5,19 @@
 #include "masks.cuh"
 #include "tile.cuh"
 
-// Replaces infinities and NaNs of a landed tile by zeros; all threads of the block. True (for every thread) if there were any.
-// The tile is ready for use after it: the vote is a barrier.
-template <class Element, class Tile, int THREADS>
-DEV bool remove_non_finite(u32 smem) {
+// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; all threads of the block. True (for every thread)
+// if there were any. The tile is ready for use after it: the vote is a barrier.
+template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
+DEV bool remove_non_finite(u32 smem, int first_row = 0) {
     bool found = false;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Tile::BYTES / 16; i += THREADS) {
-        const uint4 chunk = ld_shared_v4(smem + i * 16);
+    for (int i = threadIdx.x; i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
+        const u32 at = smem + Tile::offset(first_row + i / (Tile::COLUMNS / 8), i % (Tile::COLUMNS / 8) * 8);
+        const uint4 chunk = ld_shared_v4(at);
         const uint4 clean = make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),
                                        finite_or_zero<Element>(chunk.z), finite_or_zero<Element>(chunk.w));
         if (clean.x == chunk.x && clean.y == chunk.y && clean.z == chunk.z && clean.w == chunk.w) continue;
-        st_shared_v4(smem + i * 16, clean);
+        st_shared_v4(at, clean);
         found = true;
     }
     return __syncthreads_or(found);
@@ -31,6 +32,7 @@ template <class Element, int M16, int N8, class Keep>
 DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys, int first_row, Keep keep) {
 #pragma unroll 1
     for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
+        const u16* row = source.base + key * source.stride;
         bool sees[M16][2];
 #pragma unroll
         for (int m = 0; m < M16; ++m)
@@ -42,14 +44,13 @@ DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Ran
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const int column = n * 8 + lane_id() % 4 * 2 + e;
-                if (column >= source.columns) continue;
-                const u16 bits = ld_global_u16(source.base + key * source.stride + column);
-                if (is_finite<Element>(bits)) continue;
+                const u16 bits = column < source.columns ? ld_global_u16(row + column) : 0;
+                const float removed = is_finite<Element>(bits) ? 0.f : Element::to_float(bits);
 #pragma unroll
                 for (int m = 0; m < M16; ++m)
 #pragma unroll
                     for (int half = 0; half < 2; ++half)
-                        if (sees[m][half]) acc.x[m][n][2 * half + e] += Element::to_float(bits);
+                        acc.x[m][n][2 * half + e] += sees[m][half] ? removed : 0.f;
             }
     }
 }

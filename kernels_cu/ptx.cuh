@@ -17,6 +17,12 @@ constexpr unsigned FULL_WARP = 0xffffffffu;
 
 DEV int lane_id() { return threadIdx.x % 32; }
 DEV int warp_id() { return threadIdx.x / 32; }
+// Opaque to the compiler, which therefore does not keep what follows from an earlier read.
+DEV unsigned block_id() {
+    unsigned x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
 DEV float neg_infinity() { return __int_as_float(0xff800000); }
 DEV float positive_infinity() { return __int_as_float(0x7f800000); }
 
@@ -54,6 +60,11 @@ DEV u32 ld_shared_u32(u32 smem) {
     return x;
 }
 DEV float ld_shared_f32(u32 smem) { return __uint_as_float(ld_shared_u32(smem)); }
+DEV float2 ld_shared_f32x2(u32 smem) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(smem) : "memory");
+    return x;
+}
 DEV uint4 ld_shared_v4(u32 smem) {
     uint4 x;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -78,6 +89,14 @@ DEV void st_shared_v4(u32 smem, uint4 x) {
 DEV void cp_async_16(u32 smem, const void* gmem, int bytes) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global_address(gmem)),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+// 4 bytes, likewise.
+DEV void cp_async_4(u32 smem, const void* gmem, int bytes) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global_address(gmem)),
                  "r"(bytes)
                  : "memory");
 #endif
@@ -168,6 +187,19 @@ DEV u32 cvt_rn_f16x2_f32(float low, float high) {
     return (u32)cvt_rn_f16_f32(low) | (u32)cvt_rn_f16_f32(high) << 16;
 }
 #endif
+
+// ---- selection ------------------------------------------------------------------------------------------------------
+
+// The smaller one; NaN when either is NaN (min.f32 and fminf would return the other).
+DEV float min_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+#else
+    return a > b ? b : a;  // b is never NaN in our calls
+#endif
+}
 
 // ---- approximate functions (relative error about 2^-22); .ftz only flushes arguments and results below 2^-126 -------
 

@@ -129,6 +129,12 @@ struct TileLoader {
 
     DEV_METHOD bool vector() const { return VECTOR_ONLY || gmem.vector; }
 
+    // On to an array that begins `elements` later, the next head for example.
+    DEV_METHOD void advance(i64 elements) {
+        gmem.base += elements;
+        from += elements;
+    }
+
     DEV_METHOD void fetch(u32 smem, int first_row) {
         if (!vector()) return gather(smem, first_row);
         const u32 to = smem + Tile::offset(row, column);
@@ -142,8 +148,8 @@ struct TileLoader {
                 const bool exists = pass * PASS_ROWS < left && slab * Tile::SLAB + column < gmem.columns;
                 const u16* source = rows + pass * PASS_ROWS * gmem.stride + slab * Tile::SLAB;
                 if constexpr (HAS_ASYNC_COPY)
-                    cp_async_16(to + pass * PASS_ROWS * Tile::ROW_BYTES + slab * Tile::SLAB_BYTES,
-                                exists ? source : gmem.base, exists ? 16 : 0);
+                    cp_async_16(to + pass * PASS_ROWS * Tile::ROW_BYTES + slab * Tile::SLAB_BYTES, source,
+                                exists ? 16 : 0);  // 0: the address is not used
                 else
                     staged[pass * Tile::SLABS + slab] = exists ? ld_global_v4(source) : make_uint4(0, 0, 0, 0);
             }

@@ -1,0 +1,101 @@
+// The steps that dK/dV and dQ share. Both kernels are the same loop with the roles of queries and keys exchanged:
+//
+//                 rows (a warp owns 16 or 32; resident)   columns (tiles stream past)   accumulates
+//   backward_dkdv keys:    K, V                           queries: Q, dO                dV += P^T dO, dK += dS^T Q
+//   backward_dq   queries: Q, dO                          keys:    K, V                 dQ += dS K
+//
+// Scores are formed rows x columns, so dkdv works on S^T = K Q^T. The accumulator layout of two neighbouring 8-column blocks is
+// the A layout of one 16-wide product step: P and dS go from the scores into the gradient products without leaving registers.
+// That costs no shared memory, no barrier between the products and no sum across warps; the price is that the statistics of a
+// query (lse, delta) lie along columns in dkdv and are read from shared memory.
+#pragma once
+
+#include "finite.cuh"
+#include "masks.cuh"
+#include "score.cuh"
+#include "tile.cuh"
+
+namespace backward {
+
+// How many score columns to hold at a time, so that two score accumulators and the gradients fit the 255 registers of a thread.
+template <int M16, int GRADIENT_COLUMNS, int BLOCK>
+DEV constexpr int chunk_columns() {
+    const int gradient_registers = M16 * GRADIENT_COLUMNS / 2;
+    const int columns = (208 - gradient_registers) / M16 >= 64 ? 64 : (208 - gradient_registers) / M16 >= 32 ? 32 : 16;
+    return columns < BLOCK ? columns : BLOCK;
+}
+
+// scores += A[row:, :] B[column:, :]^T over DIM columns; the lane addresses as in tile.cuh.
+template <class Element, class TileA, class TileB, int M16, int N8>
+DEV void multiply_transposed(Accumulator<M16, N8>& scores, u32 a_major, int row, u32 b_minor, int column) {
+    static_assert(TileA::COLUMNS == TileB::COLUMNS, "both operands run over the head dim");
+#pragma unroll
+    for (int k = 0; k < TileA::COLUMNS; k += 16) {
+        u32 a_rmem[M16][4];
+#pragma unroll
+        for (int m = 0; m < M16; ++m) load_a<TileA>(a_rmem[m], a_major, row + 16 * m, k);
+#pragma unroll
+        for (int n = 0; n < N8; n += 2) {
+            u32 b_rmem[4];
+            load_b<TileB>(b_rmem, b_minor, column + 8 * n, k);
+#pragma unroll
+            for (int m = 0; m < M16; ++m) {
+                Element::mma(scores.x[m][n], a_rmem[m], b_rmem[0], b_rmem[1]);
+                Element::mma(scores.x[m][n + 1], a_rmem[m], b_rmem[2], b_rmem[3]);
+            }
+        }
+    }
+}
+
+// gradient += scores B[column:, :], the scores rounded to 16 bits.
+template <class Element, class TileB, int M16, int N8>
+DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient, const Accumulator<M16, N8>& scores, u32 b_major, int column) {
+#pragma unroll
+    for (int k = 0; k < N8 / 2; ++k) {
+        u32 a_rmem[M16][4];
+#pragma unroll
+        for (int m = 0; m < M16; ++m) accumulator_to_a<Element>(a_rmem[m], scores, m, k);
+#pragma unroll
+        for (int n = 0; n < TileB::COLUMNS; n += 16) {
+            u32 b_rmem[4];
+            load_b_trans<TileB>(b_rmem, b_major, column + 16 * k, n);
+#pragma unroll
+            for (int m = 0; m < M16; ++m) {
+                Element::mma(gradient.x[m][n / 8], a_rmem[m], b_rmem[0], b_rmem[1]);
+                Element::mma(gradient.x[m][n / 8 + 1], a_rmem[m], b_rmem[2], b_rmem[3]);
+            }
+        }
+    }
+}
+
+// P of one pair. lse_log2 is rounded, so for huge logits the difference may come out positive: P is at most 1. NaN must pass (a
+// plain fminf would drop it).
+DEV float probability(float logit_log2, float lse_log2) { return ex2_approx(min_or_nan(logit_log2 - lse_log2, 0.f)); }
+
+// A gradient to its rows in global memory, times `factor`: through the warp's own rows of a tile that it has no more use for.
+template <class C, class Tile, int M16>
+DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row, const Accumulator<M16, Tile::COLUMNS / 8>& acc,
+                        float factor) {
+    float factors[M16][2];
+#pragma unroll
+    for (int m = 0; m < M16; ++m) factors[m][0] = factors[m][1] = factor;
+    accumulator_to_shared<typename C::Element, Tile>(smem, row, acc, factors);
+    __syncwarp();
+    store_rows<Tile, 16 * M16, C::VECTOR_ONLY>(gmem, smem, row, first_row);
+}
+
+// The sum of `x` over the block in a fixed order, valid in thread 0. `scratch`: one float per warp, no longer in use.
+template <int WARPS>
+DEV float block_sum(float x, u32 scratch) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
+    __syncthreads();
+    if (lane_id() == 0) st_shared_f32(scratch + 4 * warp_id(), x);
+    __syncthreads();
+    float sum = 0.f;
+    if (threadIdx.x == 0)
+        for (int warp = 0; warp < WARPS; ++warp) sum += ld_shared_f32(scratch + 4 * warp);
+    return sum;
+}
+
+}  // namespace backward
