@@ -345,7 +345,7 @@ def parse(text: str) -> PtxModule:
     for m in _HEADER.finditer(text):
         if m.start() < end:
             continue
-        outside.append(text[end : m.start()])
+        outside.append(re.sub(r"\.(visible|weak|extern)\s*$", "", text[end : m.start()]))  # the function's own
         function = _header(m)
         end = m.end()
         if m[6] == "{":
