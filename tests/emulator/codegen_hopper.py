@@ -20,15 +20,30 @@ SPECIAL.update(
     }
 )
 
-REDUCED = {"f16": "FLOAT16", "bf16": "BFLOAT16", "f32": "FLOAT32", "f64": "FLOAT64", "s32": "INT32", "u32": "UINT32"}
+REDUCED = {
+    "f16": "FLOAT16",
+    "bf16": "BFLOAT16",
+    "f32": "FLOAT32",
+    "f64": "FLOAT64",
+    "s32": "INT32",
+    "u32": "UINT32",
+}
 SHARED = ("shared", "shared::cta", "shared::cluster")
+
+
+def _begin(e: Emitter) -> None:
+    """Set the site, and let the kernel begin by creating the block's state: stores before its first use count, too."""
+    begin = "  emu::hopper_begin(t);"
+    if begin not in e.declarations:
+        e.declarations.append(begin)
+    e.site()
 
 
 # -------------------------------------------------------------------------------------------------- fences and clusters
 @emits("fence.mbarrier_init")
 def fence_mbarrier_init(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("release", "cluster")
-    e.site()
+    _begin(e)
     e.line("emu::fence_mbarrier_init(t);")
 
 
@@ -36,7 +51,7 @@ def fence_mbarrier_init(e: Emitter, i: Instruction, m: Modifiers) -> None:
 def fence_proxy_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
     only_global = m.flag("global")
     m.flag(*SHARED)
-    e.site()
+    _begin(e)
     e.line(f"emu::fence_proxy_async(t, {'false' if only_global else 'true'});")
 
 
@@ -57,7 +72,7 @@ def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """A cluster of one block: the wait is a barrier over the block, the arrive has nothing to add to it."""
     m.flag("release", "relaxed", "acquire", "aligned")
     what = m.one_of("arrive", "wait")
-    e.site()
+    _begin(e)
     e.line('emu::require_single_cluster(t, "barrier.cluster");')
     if what == "wait":
         e.line("emu::barrier_sync(t, 0, 0, false);")
@@ -67,7 +82,7 @@ def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
 @emits("mbarrier")
 def mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """mbarrier.{init, inval, arrive, arrive_drop, expect_tx, complete_tx, test_wait, try_wait, pending_count}."""
-    e.site()
+    _begin(e)
     m.flag("b64", *SHARED)
     m.flag("release", "acquire", "relaxed", "cta", "cluster")
     what = m.one_of("init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait",
@@ -120,7 +135,7 @@ def _wait(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, may_block: bool
 def cp_async_mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("b64", *SHARED)
     noinc = "true" if m.flag("noinc") else "false"
-    e.site()
+    _begin(e)
     e.line(f"emu::cp_async_arrive(t, {_at(e, i.operands[0])}, {noinc});")
 
 
@@ -128,7 +143,7 @@ def cp_async_mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
 def bulk(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """Bulk copies and reductions, plain and by tensor map, with their groups."""
     ops = i.operands
-    e.site()
+    _begin(e)
     if m.flag("commit_group"):
         e.line("emu::bulk_commit(t);")
         return
@@ -178,7 +193,9 @@ def _plain(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool) 
         e.line(f"emu::bulk_store(t, {glob}, {shared}, {size});")
 
 
-def _tensor(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool, prefetch: bool) -> None:
+def _tensor(
+    e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool, prefetch: bool
+) -> None:
     rank = int(m.match(r"[1-5]d")[0])
     m.flag("tile")
     if prefetch:
@@ -199,7 +216,11 @@ def _tensor(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool,
 
 def _map(e: Emitter, operand: Operand, rank: int) -> tuple[str, str]:
     """Address expression and coordinate list of `[map, {x, y}]`."""
-    if not isinstance(operand, Address) or not operand.extra or not isinstance(operand.extra[0], Vector):
+    if (
+        not isinstance(operand, Address)
+        or not operand.extra
+        or not isinstance(operand.extra[0], Vector)
+    ):
         raise e.fail("expected [tensor map, {coordinates}]")
     coordinates = operand.extra[0].elements
     if len(coordinates) != rank:
@@ -212,7 +233,7 @@ def _map(e: Emitter, operand: Operand, rank: int) -> tuple[str, str]:
 @emits("wgmma")
 def wgmma(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """wgmma.{fence, commit_group, wait_group, mma_async}."""
-    e.site()
+    _begin(e)
     what = m.one_of("fence", "commit_group", "wait_group", "mma_async")
     m.flag("sync", "aligned")
     if what == "fence":
@@ -297,7 +318,7 @@ def _immediate(e: Emitter, operand: Operand) -> int:
 @emits("setmaxnreg")
 def setmaxnreg(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """setmaxnreg.{inc, dec}.sync.aligned.u32."""
-    e.site()
+    _begin(e)
     m.flag("sync", "aligned", "u32")
     increase = "true" if m.one_of("inc", "dec") == "inc" else "false"
     e.line(f"emu::setmaxnreg(t, {e.read(i.operands[0], 'u32')}, {increase});")
@@ -306,7 +327,7 @@ def setmaxnreg(e: Emitter, i: Instruction, m: Modifiers) -> None:
 @emits("elect")
 def elect(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """elect.sync d|p, mask."""
-    e.site()
+    _begin(e)
     m.flag("sync")
     pair = i.operands[0]
     if not isinstance(pair, Pair):
@@ -326,7 +347,7 @@ def griddepcontrol(e: Emitter, i: Instruction, m: Modifiers) -> None:
 @emits("mapa")
 def mapa(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """In a cluster of one block every address maps to itself."""
-    e.site()
+    _begin(e)
     if not m.flag(*SHARED):
         raise e.fail("only shared::cluster addresses are known")
     kind = m.type()

@@ -93,12 +93,20 @@ _PREDICATED = Form(
 FORMS = [
     *(_copy(f"cp_async_ca_{n}", "cp.async.ca.shared.global", n, "", None) for n in (4, 8, 16)),
     *(
-        _copy(f"cp_async_ca_{n}_zero_fill", "cp.async.ca.shared.global", n, ", %2", np.arange(n + 1))
+        _copy(
+            f"cp_async_ca_{n}_zero_fill", "cp.async.ca.shared.global", n, ", %2", np.arange(n + 1)
+        )
         for n in (4, 8, 16)
     ),
     _copy("cp_async_cg_16", "cp.async.cg.shared.global", 16, "", None),
     _copy("cp_async_cg_16_zero_fill", "cp.async.cg.shared.global", 16, ", %2", np.arange(17)),
-    _copy("cp_async_cg_16_l2_128b_zero_fill", "cp.async.cg.shared.global.L2::128B", 16, ", %2", np.array([0, 16])),
+    _copy(
+        "cp_async_cg_16_l2_128b_zero_fill",
+        "cp.async.cg.shared.global.L2::128B",
+        16,
+        ", %2",
+        np.array([0, 16]),
+    ),
     _PREDICATED,
     GROUPS,
 ]

@@ -76,7 +76,11 @@ class Op:
             rng.shuffle(v)
         with np.errstate(all="ignore"):
             expected = np.asarray(self.reference(*values)).astype(self.out)
-            tolerance = None if self.tolerance is None else self.tolerance(expected.astype(np.float64), *values)
+            tolerance = (
+                None
+                if self.tolerance is None
+                else self.tolerance(expected.astype(np.float64), *values)
+            )
         return Case([*values, blank(COUNT, self.out)], [expected], [tolerance])
 
     def form(self) -> Form:
@@ -197,7 +201,15 @@ ARITHMETIC = [
 # Stated bounds: PTX ISA, the precision tables of each instruction. .ftz forms are given inputs and results that are
 # normal numbers or zero, except where flushing itself is the point.
 APPROXIMATE = [
-    Op("ex2.approx.ftz.f32", "sm_75", [F32], F32, _d(np.exp2), tolerance=relative(2.0**-22.5), span=(-125, 127)),
+    Op(
+        "ex2.approx.ftz.f32",
+        "sm_75",
+        [F32],
+        F32,
+        _d(np.exp2),
+        tolerance=relative(2.0**-22.5),
+        span=(-125, 127),
+    ),
     Op(
         "ex2.approx.f32",
         "sm_75",
@@ -213,7 +225,9 @@ APPROXIMATE = [
         [F32],
         F32,
         lambda x: _d(np.log2)(flush(x)),
-        tolerance=lambda e, *_: np.where(np.isfinite(e), np.maximum(np.abs(e) * 2.0**-22, 2.0**-22.6), 0.0),
+        tolerance=lambda e, *_: np.where(
+            np.isfinite(e), np.maximum(np.abs(e) * 2.0**-22, 2.0**-22.6), 0.0
+        ),
         span=(0, np.inf),
     ),
     Op(
@@ -222,19 +236,57 @@ APPROXIMATE = [
         [F32],
         F32,
         _d(np.log2),
-        tolerance=lambda e, *_: np.where(np.isfinite(e), np.maximum(np.abs(e) * 2.0**-22, 2.0**-22.6), 0.0),
+        tolerance=lambda e, *_: np.where(
+            np.isfinite(e), np.maximum(np.abs(e) * 2.0**-22, 2.0**-22.6), 0.0
+        ),
         span=(0, np.inf),
     ),
-    Op("rcp.approx.ftz.f32", "sm_75", [F32], F32, _d(lambda x: 1 / flush(x)), tolerance=relative(2.0**-23),
-       span=(-2.0**100, 2.0**100)),
-    Op("rsqrt.approx.ftz.f32", "sm_75", [F32], F32, _d(lambda x: 1 / np.sqrt(flush(x))),
-       tolerance=relative(2.0**-22.4), span=(0, np.inf)),
-    Op("sqrt.approx.ftz.f32", "sm_75", [F32], F32, _d(lambda x: np.sqrt(flush(x))), tolerance=relative(2.0**-22),
-       span=(0, np.inf)),
+    Op(
+        "rcp.approx.ftz.f32",
+        "sm_75",
+        [F32],
+        F32,
+        _d(lambda x: 1 / flush(x)),
+        tolerance=relative(2.0**-23),
+        span=(-(2.0**100), 2.0**100),
+    ),
+    Op(
+        "rsqrt.approx.ftz.f32",
+        "sm_75",
+        [F32],
+        F32,
+        _d(lambda x: 1 / np.sqrt(flush(x))),
+        tolerance=relative(2.0**-22.4),
+        span=(0, np.inf),
+    ),
+    Op(
+        "sqrt.approx.ftz.f32",
+        "sm_75",
+        [F32],
+        F32,
+        _d(lambda x: np.sqrt(flush(x))),
+        tolerance=relative(2.0**-22),
+        span=(0, np.inf),
+    ),
     Op("tanh.approx.f32", "sm_75", [F32], F32, _d(np.tanh), tolerance=relative(2.0**-10.987)),
-    Op("div.full.f32", "sm_75", [F32, F32], F32, _d(np.divide), tolerance=relative(2.0**-22), span=(2.0**-60, 2.0**60)),
-    Op("div.approx.ftz.f32", "sm_75", [F32, F32], F32, _d(np.divide), tolerance=relative(2.0**-22),
-       span=(2.0**-60, 2.0**60)),
+    Op(
+        "div.full.f32",
+        "sm_75",
+        [F32, F32],
+        F32,
+        _d(np.divide),
+        tolerance=relative(2.0**-22),
+        span=(2.0**-60, 2.0**60),
+    ),
+    Op(
+        "div.approx.ftz.f32",
+        "sm_75",
+        [F32, F32],
+        F32,
+        _d(np.divide),
+        tolerance=relative(2.0**-22),
+        span=(2.0**-60, 2.0**60),
+    ),
     Op(
         "ex2.approx.f16x2",
         "sm_75",
@@ -246,11 +298,33 @@ APPROXIMATE = [
         span=(-np.inf, 15),
         width=2,
     ),
-    Op("ex2.approx.ftz.bf16x2", "sm_90a", [BF16], BF16, _d(np.exp2), tolerance=relative(2.0**-7), width=2,
-       span=(-120, 120)),
-    Op("tanh.approx.f16x2", "sm_75", [F16], F16, _d(np.tanh), width=2,
-       tolerance=lambda e, *_: np.where(np.isnan(e), 0.0, 2.0**-10.987)),
-    Op("tanh.approx.bf16x2", "sm_90a", [BF16], BF16, _d(np.tanh), width=2,
-       tolerance=lambda e, *_: np.where(np.isnan(e), 0.0, 2.0**-8)),
+    Op(
+        "ex2.approx.ftz.bf16x2",
+        "sm_90a",
+        [BF16],
+        BF16,
+        _d(np.exp2),
+        tolerance=relative(2.0**-7),
+        width=2,
+        span=(-120, 120),
+    ),
+    Op(
+        "tanh.approx.f16x2",
+        "sm_75",
+        [F16],
+        F16,
+        _d(np.tanh),
+        width=2,
+        tolerance=lambda e, *_: np.where(np.isnan(e), 0.0, 2.0**-10.987),
+    ),
+    Op(
+        "tanh.approx.bf16x2",
+        "sm_90a",
+        [BF16],
+        BF16,
+        _d(np.tanh),
+        width=2,
+        tolerance=lambda e, *_: np.where(np.isnan(e), 0.0, 2.0**-8),
+    ),
 ]
 FORMS = [op.form() for op in [*CONVERSIONS, *ARITHMETIC, *APPROXIMATE]] + PACKED

@@ -44,9 +44,7 @@ def truncate_tf32(x: np.ndarray) -> np.ndarray:
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
-def accumulate_tolerance(
-    a: np.ndarray, b: np.ndarray, c: np.ndarray, cd: np.dtype
-) -> np.ndarray:
+def accumulate_tolerance(a: np.ndarray, b: np.ndarray, c: np.ndarray, cd: np.dtype) -> np.ndarray:
     """Bound on |computed - exact| for one instruction.
 
     Tensor cores align the K products and C to a common exponent and drop bits below it: each addend loses less than one unit in
@@ -94,12 +92,14 @@ def _form(s: Shape) -> Form:
     def registers(elements: int, dtype: np.dtype) -> int:
         return max(1, elements * dtype.itemsize // 4) if dtype.itemsize < 8 else elements
 
-    na, nb, nc = registers(ar.shape[1], s.ab), registers(br.shape[1], s.ab), registers(cr.shape[1], s.cd)
+    na, nb, nc = (
+        registers(ar.shape[1], s.ab),
+        registers(br.shape[1], s.ab),
+        registers(cr.shape[1], s.cd),
+    )
     in_type, in_kind = ("double", "d") if s.ab == F64 else ("u32", "r")
     acc_type, acc_kind = {F64: ("double", "d"), F32: ("float", "f"), F16: ("u32", "r")}[s.cd]
-    text = (
-        f"{s.ptx} {operands('%{}', nc)}, {operands('%{}', na, nc)}, {operands('%{}', nb, nc + na)}, {operands('%{}', nc)};"
-    )
+    text = f"{s.ptx} {operands('%{}', nc)}, {operands('%{}', na, nc)}, {operands('%{}', nb, nc + na)}, {operands('%{}', nc)};"
     body = f"""
     for (int problem = 0; problem < 2; ++problem) {{
         {in_type} x[{na}], y[{nb}]; {acc_type} z[{nc}];

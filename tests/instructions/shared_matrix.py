@@ -19,7 +19,9 @@ def _spread(matrices: np.ndarray, transposed: bool) -> np.ndarray:
 
 def _load_case(count: int, transposed: bool, rng: np.random.Generator) -> Case:
     memory = rng.integers(0, 2**16, (ROWS, 8), np.uint16)
-    rows = rng.permutation(ROWS)[:32].astype(np.uint32)  # every lane of x1 and x2 holds a valid address, as sm_75 demands
+    rows = rng.permutation(ROWS)[:32].astype(
+        np.uint32
+    )  # every lane of x1 and x2 holds a valid address, as sm_75 demands
     matrices = memory[rows[: 8 * count]].reshape(count, 8, 8)
     return Case(
         arguments=[memory, rows, blank((32, count, 2), np.uint16)],

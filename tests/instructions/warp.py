@@ -95,31 +95,78 @@ def _mask(condition: np.ndarray) -> int:
 
 _SELECT = "selp.u32 %0, 1, 0, q;"
 VOTES = [
-    _warp_op("vote_ballot", "sm_75", "vote.sync.ballot.b32 %0, p, 0xffffffff;",
-             lambda v: _all(_mask(v % 2 == 1)), _bits),
-    _warp_op("vote_any", "sm_75", f"vote.sync.any.pred q, p, 0xffffffff; {_SELECT}",
-             lambda v: _all(int((v % 2 == 1).any())), _bits),
-    _warp_op("vote_all", "sm_75", f"vote.sync.all.pred q, p, 0xffffffff; {_SELECT}",
-             lambda v: _all(int((v % 2 == 1).all())), lambda rng: _bits(rng) | np.uint32(1)),
-    _warp_op("vote_uni", "sm_75", f"vote.sync.uni.pred q, p, 0xffffffff; {_SELECT}",
-             lambda v: _all(int((v % 2 == v[0] % 2).all())), lambda rng: _bits(rng) & ~np.uint32(1)),
-    _warp_op("match_any", "sm_75", "match.any.sync.b32 %0, %1, 0xffffffff;",
-             lambda v: np.array([_mask(v == x) for x in v], np.uint32), _few),
+    _warp_op(
+        "vote_ballot",
+        "sm_75",
+        "vote.sync.ballot.b32 %0, p, 0xffffffff;",
+        lambda v: _all(_mask(v % 2 == 1)),
+        _bits,
+    ),
+    _warp_op(
+        "vote_any",
+        "sm_75",
+        f"vote.sync.any.pred q, p, 0xffffffff; {_SELECT}",
+        lambda v: _all(int((v % 2 == 1).any())),
+        _bits,
+    ),
+    _warp_op(
+        "vote_all",
+        "sm_75",
+        f"vote.sync.all.pred q, p, 0xffffffff; {_SELECT}",
+        lambda v: _all(int((v % 2 == 1).all())),
+        lambda rng: _bits(rng) | np.uint32(1),
+    ),
+    _warp_op(
+        "vote_uni",
+        "sm_75",
+        f"vote.sync.uni.pred q, p, 0xffffffff; {_SELECT}",
+        lambda v: _all(int((v % 2 == v[0] % 2).all())),
+        lambda rng: _bits(rng) & ~np.uint32(1),
+    ),
+    _warp_op(
+        "match_any",
+        "sm_75",
+        "match.any.sync.b32 %0, %1, 0xffffffff;",
+        lambda v: np.array([_mask(v == x) for x in v], np.uint32),
+        _few,
+    ),
     _warp_op("activemask", "sm_75", "activemask.b32 %0;", lambda v: _all(0xFFFFFFFF), _bits),
-    _warp_op("redux_add", "sm_80", "redux.sync.add.u32 %0, %1, 0xffffffff;",
-             lambda v: _all(np.uint32(int(v.astype(np.uint64).sum()) & 0xFFFFFFFF)), _bits),
-    _warp_op("redux_max", "sm_80", "redux.sync.max.u32 %0, %1, 0xffffffff;", lambda v: _all(v.max()), _bits),
-    _warp_op("redux_min_s32", "sm_80", "redux.sync.min.s32 %0, %1, 0xffffffff;",
-             lambda v: _all(v.view(np.int32).min().view(np.uint32)), _bits),
+    _warp_op(
+        "redux_add",
+        "sm_80",
+        "redux.sync.add.u32 %0, %1, 0xffffffff;",
+        lambda v: _all(np.uint32(int(v.astype(np.uint64).sum()) & 0xFFFFFFFF)),
+        _bits,
+    ),
+    _warp_op(
+        "redux_max",
+        "sm_80",
+        "redux.sync.max.u32 %0, %1, 0xffffffff;",
+        lambda v: _all(v.max()),
+        _bits,
+    ),
+    _warp_op(
+        "redux_min_s32",
+        "sm_80",
+        "redux.sync.min.s32 %0, %1, 0xffffffff;",
+        lambda v: _all(v.view(np.int32).min().view(np.uint32)),
+        _bits,
+    ),
     # elect.sync names the same lane to all and sets the predicate in that lane alone; which lane is unspecified,
     # so the sum of predicates is what is compared.
-    _warp_op("elect_sync", "sm_90a",
-             "elect.sync t|q, 0xffffffff; selp.u32 t, 1, 0, q; redux.sync.add.u32 %0, t, 0xffffffff;",
-             lambda v: _all(1), _bits),
+    _warp_op(
+        "elect_sync",
+        "sm_90a",
+        "elect.sync t|q, 0xffffffff; selp.u32 t, 1, 0, q; redux.sync.add.u32 %0, t, 0xffffffff;",
+        lambda v: _all(1),
+        _bits,
+    ),
 ]
 
 
-def _integer(name: str, asm: str, reference: Callable[..., np.ndarray], group: str = "sm_75") -> Form:
+def _integer(
+    name: str, asm: str, reference: Callable[..., np.ndarray], group: str = "sm_75"
+) -> Form:
     def make(rng: np.random.Generator) -> Case:
         a, b, c = (rng.integers(0, 2**32, 256, np.uint32) for _ in "abc")
         a[:4], b[:4], c[:4] = (0, 0xFFFFFFFF, 0x80000000, 1), (0, 1, 31, 0xFFFFFFFF), (0, 32, 33, 8)
@@ -163,17 +210,32 @@ def _bfe(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 INTEGERS = [
     _integer("prmt", "prmt.b32 %0, %1, %2, %3;", _prmt),
     _integer("lop3_96", "lop3.b32 %0, %1, %2, %3, 0x96;", lambda a, b, c: a ^ b ^ c),
-    _integer("lop3_e8", "lop3.b32 %0, %1, %2, %3, 0xe8;", lambda a, b, c: (a & b) | (a & c) | (b & c)),
-    _integer("shf_l_wrap", "shf.l.wrap.b32 %0, %1, %2, %3;",
-             lambda a, b, c: (b << np.uint64(32) | a) << (c & np.uint64(31)) >> np.uint64(32)),
-    _integer("shf_r_wrap", "shf.r.wrap.b32 %0, %1, %2, %3;",
-             lambda a, b, c: (b << np.uint64(32) | a) >> (c & np.uint64(31))),
+    _integer(
+        "lop3_e8", "lop3.b32 %0, %1, %2, %3, 0xe8;", lambda a, b, c: (a & b) | (a & c) | (b & c)
+    ),
+    _integer(
+        "shf_l_wrap",
+        "shf.l.wrap.b32 %0, %1, %2, %3;",
+        lambda a, b, c: (b << np.uint64(32) | a) << (c & np.uint64(31)) >> np.uint64(32),
+    ),
+    _integer(
+        "shf_r_wrap",
+        "shf.r.wrap.b32 %0, %1, %2, %3;",
+        lambda a, b, c: (b << np.uint64(32) | a) >> (c & np.uint64(31)),
+    ),
     _integer("mul_hi_u32", "mul.hi.u32 %0, %1, %2;", lambda a, b, c: a * b >> np.uint64(32)),
     _integer("mad_lo_u32", "mad.lo.u32 %0, %1, %2, %3;", lambda a, b, c: a * b + c),
     _integer("popc", "popc.b32 %0, %1;", lambda a, b, c: np.bitwise_count(a).astype(np.uint64)),
-    _integer("clz", "clz.b32 %0, %1;",
-             lambda a, b, c: np.array([32 - int(x).bit_length() for x in a], np.uint64)),
-    _integer("bfe_u32", "{ .reg .b32 s, n; and.b32 s, %2, 31; and.b32 n, %3, 15; bfe.u32 %0, %1, s, n; }", _bfe),
+    _integer(
+        "clz",
+        "clz.b32 %0, %1;",
+        lambda a, b, c: np.array([32 - int(x).bit_length() for x in a], np.uint64),
+    ),
+    _integer(
+        "bfe_u32",
+        "{ .reg .b32 s, n; and.b32 s, %2, 31; and.b32 n, %3, 15; bfe.u32 %0, %1, s, n; }",
+        _bfe,
+    ),
 ]
 
 FORMS = [

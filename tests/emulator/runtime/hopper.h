@@ -9,7 +9,7 @@
 
 namespace emu {
 
-enum ElementType : u8 { BYTES = 0, FLOAT16 = 1, BFLOAT16 = 2, FLOAT32 = 3, INT32 = 4, UINT32 = 5, FLOAT64 = 6 };
+enum ElementType : u8 { OPAQUE = 0, FLOAT16 = 1, BFLOAT16 = 2, FLOAT32 = 3, INT32 = 4, UINT32 = 5, FLOAT64 = 6 };
 
 enum WgmmaType : u32 { WG_F16 = 0, WG_BF16 = 1, WG_TF32 = 2 };
 // One wgmma.mma_async as a thread issues it.
@@ -32,6 +32,7 @@ void hopper_thread_exit(Thread& t);    // after the kernel function returned, wh
 void hopper_block_end(Block& block);   // frees the state
 
 // ---- called by generated code ---------------------------------------------------------------------------------------------
+void hopper_begin(Thread& t);          // first statement of every kernel that uses any of these
 void mbarrier_init(Thread& t, u32 address, u32 count);
 void mbarrier_inval(Thread& t, u32 address);
 u64 mbarrier_arrive(Thread& t, u32 address, u32 count, u32 expect, bool no_complete, bool drop);

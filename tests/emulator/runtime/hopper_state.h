@@ -51,7 +51,8 @@ struct MatrixDescriptor {
 struct MBarrier {
   u32 address;
   u64 word;                    // what the eight bytes in shared memory must still be
-  Clock arriving, completed;   // who arrived in the current phase; who did in the phases before
+  Clock arriving;              // who has arrived so far
+  std::vector<u32> completed_time;  // who had when the last phase completed (a vector clock)
   u32 init_thread, init_epoch;
   std::vector<Thread*> parked;
   char why[160];

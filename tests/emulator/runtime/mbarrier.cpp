@@ -3,6 +3,7 @@
 #include <cstdio>
 
 #include "hopper_state.h"
+#include "state.h"
 
 namespace emu {
 namespace {
@@ -41,6 +42,13 @@ void store(Thread& t, MBarrier& m, const Word& w) {
   std::memcpy(bytes_of(t, m.address), &m.word, 8);
 }
 
+// Arrivals count for the waiters of their own phase and all later ones, not for those who look late at the phase before.
+void publish(MBarrier& m) {
+  if (!m.arriving.time) return;
+  m.completed_time.resize(clocks(), 0);
+  for (u32 i = 0; i < clocks(); ++i) m.completed_time[i] = std::max(m.completed_time[i], m.arriving.time[i]);
+}
+
 // After every change: when nothing is pending the phase completes.
 void settle(Thread& t, MBarrier& m, Word& w) {
   if (w.tx > TX_LIMIT || w.tx < -TX_LIMIT)
@@ -49,7 +57,7 @@ void settle(Thread& t, MBarrier& m, Word& w) {
   if (w.pending == 0 && w.tx == 0) {
     w.phase ^= 1;
     w.pending = w.expected;
-    clock_join(m.completed, m.arriving);
+    publish(m);
     for (Thread* p : m.parked) wake(*p);
     m.parked.clear();
     progress();
@@ -59,7 +67,10 @@ void settle(Thread& t, MBarrier& m, Word& w) {
 
 bool complete(Thread& t, MBarrier& m, u32 parity) {
   if (load(t, m, READ).phase == parity) return false;
-  acquire(t, m.completed);
+  if (!m.completed_time.empty()) {
+    Clock completed{m.completed_time.data(), 0};
+    acquire(t, completed);
+  }
   return true;
 }
 
@@ -120,6 +131,10 @@ bool test(Thread& t, u32 address, u32 parity, bool may_block) {
 
 }  // namespace
 
+extern void (*const block_end_hook)(Block&) = hopper_block_end;
+
+void hopper_begin(Thread& t) { hopper(t); }
+
 HopperBlock& hopper(Thread& t) {
   if (!t.block->hopper) {
     auto* h = new HopperBlock;
@@ -163,8 +178,6 @@ void mbarrier_inval(Thread& t, u32 address) {
   shared_access(t, address, 8, WRITE);
   h.barriers.erase(std::find(h.barriers.begin(), h.barriers.end(), &m));
   for (Thread* p : m.parked) wake(*p);
-  clock_reset(m.arriving);
-  clock_reset(m.completed);
   delete &m;
 }
 
@@ -294,11 +307,7 @@ void hopper_block_end(Block& block) {
   auto* h = (HopperBlock*)block.hopper;
   if (!h) return;
   block.hopper = nullptr;
-  for (MBarrier* m : h->barriers) {
-    clock_reset(m->arriving);
-    clock_reset(m->completed);
-    delete m;
-  }
+  for (MBarrier* m : h->barriers) delete m;
   delete h;
 }
 

@@ -1,0 +1,14 @@
+"""Every form of the suite, by name."""
+
+from __future__ import annotations
+
+from . import atomics, bulk, copies, elementwise, handshakes, mma, shared_matrix, warp, wgmma
+from .form import Form
+
+FORMS: list[Form] = [
+    form
+    for module in (mma, shared_matrix, copies, elementwise, warp, atomics, handshakes, bulk, wgmma)
+    for form in module.FORMS
+]
+BY_NAME = {form.name: form for form in FORMS}
+assert len(BY_NAME) == len(FORMS), "two forms share a name"

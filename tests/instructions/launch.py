@@ -1,0 +1,200 @@
+"""Runs a form's case where the tests run: in the emulator, or on a GPU with CuPy. Both see the same inputs.
+
+Each runner compiles all forms of a group as one translation unit, once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .form import Case, Form, MapOf, Output, unit_source
+
+OPTIONS = ("-std=c++17", "-lineinfo")
+
+
+def architecture(group: str) -> str:
+    """ "sm_90a_wgmma" -> "90a"."""
+    return group.split("_")[1]
+
+
+class Runner(Protocol):
+    """Anything that can launch a form."""
+
+    def run(self, form: Form, case: Case) -> list[np.ndarray]:
+        """Launch once; returns the outputs in argument order."""
+
+
+def arguments(
+    case: Case, place: Callable[[np.ndarray], Any], encode: Callable[[MapOf, Any], Any]
+) -> tuple[list[Any], list[Any]]:
+    """Kernel arguments and, among them, the placed outputs.
+
+    Parameters
+    ----------
+    case : Case
+    place : callable
+        Array -> its device copy.
+    encode : callable
+        (map description, device copy of its buffer) -> 128 bytes.
+    """
+    placed = {
+        id(a): place(a.initial if isinstance(a, Output) else a)
+        for a in case.arguments
+        if isinstance(a, (Output, np.ndarray))
+    }
+    values = [
+        encode(a, placed[id(a.buffer)]) if isinstance(a, MapOf) else placed.get(id(a), a)
+        for a in case.arguments
+    ]
+    return values, [placed[id(a)] for a in case.arguments if isinstance(a, Output)]
+
+
+class EmulatorRunner:
+    """Launches in the emulator; `seed` chooses the schedule."""
+
+    def __init__(self, forms: Sequence[Form], seed: int = 0) -> None:
+        self._forms = forms
+        self._modules: dict[str, Any] = {}
+        self.seed = seed
+
+    def module(self, group: str) -> Any:
+        """The translated group."""
+        from tests.emulator.module import Module
+        from tests.emulator.nvrtc import Nvrtc
+
+        if group not in self._modules:
+            source = unit_source([f for f in self._forms if f.group == group])
+            ptx = Nvrtc().ptx(source, f"compute_{architecture(group)}", OPTIONS, name=f"{group}.cu")
+            self._modules[group] = Module(ptx)
+        return self._modules[group]
+
+    def run(self, form: Form, case: Case) -> list[np.ndarray]:
+        from tests.emulator.memory import Memory
+        from tests.emulator.tensormap import tensor_map
+
+        memory = Memory()
+
+        def place(array: np.ndarray) -> np.ndarray:
+            copy = memory.empty(array.shape, array.dtype)
+            copy[...] = array
+            return copy
+
+        def encode(m: MapOf, buffer: np.ndarray) -> np.void:
+            return tensor_map(
+                buffer.ctypes.data, m.kind, m.dims, m.strides, m.box, swizzle=m.swizzle
+            )
+
+        values, outputs = arguments(case, place, encode)
+        self.module(form.group).launch(
+            form.name, 1, form.block, form.shared, values, memory=memory, seed=self.seed
+        )
+        return outputs
+
+
+class GpuRunner:
+    """Launches on the current CUDA device through CuPy, from a cubin that NVRTC makes for exactly that architecture."""
+
+    def __init__(self, forms: Sequence[Form]) -> None:
+        self._forms = forms
+        self._modules: dict[str, Any] = {}
+        self._directory = tempfile.TemporaryDirectory(prefix="cuflash-instructions-")
+
+    def supports(self, form: Form) -> bool:
+        """True when the device can run the form's architecture."""
+        import cupy
+
+        major, minor = (int(x) for x in divmod(int(cupy.cuda.Device().compute_capability), 10))
+        needed = architecture(form.group)
+        if needed.endswith("a"):
+            return f"{major}{minor}a" == needed
+        return 10 * major + minor >= int(needed)
+
+    def module(self, group: str) -> Any:
+        """The loaded group, compiled for the device (for sm_90a with its extensions)."""
+        import cupy
+        from cupy.cuda import nvrtc
+
+        if group not in self._modules:
+            source = unit_source([f for f in self._forms if f.group == group])
+            capability = cupy.cuda.Device().compute_capability
+            arch = capability + ("a" if architecture(group).endswith("a") else "")
+            program = nvrtc.createProgram(source, f"{group}.cu", [], [])
+            try:
+                nvrtc.compileProgram(program, [*OPTIONS, f"-arch=sm_{arch}"])
+            except nvrtc.NVRTCError as error:
+                raise RuntimeError(nvrtc.getProgramLog(program)) from error
+            path = Path(self._directory.name) / f"{group}.cubin"
+            path.write_bytes(nvrtc.getCUBIN(program))
+            nvrtc.destroyProgram(program)
+            self._modules[group] = cupy.RawModule(path=str(path))
+        return self._modules[group]
+
+    def run(self, form: Form, case: Case) -> list[np.ndarray]:
+        import cupy
+
+        def place(array: np.ndarray) -> Any:
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            return cupy.asarray(raw)
+
+        def encode(m: MapOf, buffer: Any) -> np.void:
+            return encode_tensor_map(buffer.data.ptr, m)
+
+        values, outputs = arguments(case, place, encode)
+        kernel = self.module(form.group).get_function(form.name)
+        kernel.max_dynamic_shared_size_bytes = form.shared
+        kernel((1,), (form.block,), tuple(values), shared_mem=form.shared)
+        shapes = [a.initial for a in case.arguments if isinstance(a, Output)]
+        return [
+            cupy.asnumpy(o).view(s.dtype).reshape(s.shape)
+            for o, s in zip(outputs, shapes, strict=True)
+        ]
+
+
+_DRIVER_TYPES = {
+    "uint8": 0,
+    "uint16": 1,
+    "uint32": 2,
+    "int32": 3,
+    "float16": 6,
+    "float32": 7,
+    "float64": 8,
+    "bfloat16": 9,
+}
+_DRIVER_SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
+
+
+def encode_tensor_map(pointer: int, m: MapOf) -> np.void:
+    """The driver's encoding of a tensor map.
+
+    Raises
+    ------
+    RuntimeError
+        cuTensorMapEncodeTiled refused the arguments.
+    """
+    rank = len(m.dims)
+    space = (ctypes.c_uint64 * 32)()
+    address = -(-ctypes.addressof(space) // 64) * 64  # the driver wants 64-byte alignment
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    status = encode(
+        ctypes.c_void_p(address),
+        ctypes.c_int(_DRIVER_TYPES[m.kind]),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(pointer),
+        (ctypes.c_uint64 * rank)(*m.dims),
+        (ctypes.c_uint64 * max(rank - 1, 1))(*m.strides),
+        (ctypes.c_uint32 * rank)(*m.box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        ctypes.c_int(0),
+        ctypes.c_int(_DRIVER_SWIZZLE[m.swizzle]),
+        ctypes.c_int(0),
+        ctypes.c_int(0),
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled returned {status} for {m}")
+    return np.frombuffer(ctypes.string_at(address, 128), "V128")[0]

@@ -1,0 +1,88 @@
+"""Every instruction form the kernels use computes what the PTX manual says, in the emulator and (with --gpu) on hardware."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.instructions import golden
+from tests.instructions.catalogue import BY_NAME, FORMS
+from tests.instructions.form import Case, Form, blank, mismatch
+from tests.instructions.launch import EmulatorRunner, GpuRunner
+
+
+@pytest.fixture(scope="module")
+def runner(request: pytest.FixtureRequest) -> EmulatorRunner | GpuRunner:
+    return GpuRunner(FORMS) if request.config.getoption("--gpu") else EmulatorRunner(FORMS)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_form(
+    name: str, runner: EmulatorRunner | GpuRunner, request: pytest.FixtureRequest
+) -> None:
+    form = BY_NAME[name]
+    on_gpu = isinstance(runner, GpuRunner)
+    if on_gpu and not runner.supports(form):
+        pytest.skip(f"this GPU is not {form.group}")
+    case = form.case()
+    outputs = runner.run(form, case)
+    compare_with_reference(case, outputs)
+    if on_gpu and request.config.getoption("--record-goldens"):
+        golden.record(form, case, outputs, _device_name())
+    why = golden.compare(form, case, outputs)
+    assert why is None, why
+
+
+def compare_with_reference(case: Case, outputs: list[np.ndarray]) -> None:
+    assert len(outputs) == len(case.expected)
+    for i, (actual, expected) in enumerate(zip(outputs, case.expected, strict=True)):
+        tolerance = case.tolerance[i] if i < len(case.tolerance) else None
+        why = mismatch(np.asarray(actual), np.ascontiguousarray(expected), tolerance)
+        assert why is None, f"output {i}: {why}"
+
+
+def _device_name() -> str:
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+
+
+# ---------------------------------------------------------------------------------------- the suite's own machinery
+@pytest.mark.parametrize("name", ["mma_m16n8k16_f32_f16_f16_f32", "bulk_store"])
+def test_golden_files_are_recorded_and_compared(name: str, tmp_path) -> None:
+    form = BY_NAME[name]
+    case = form.case()
+    outputs = [np.ascontiguousarray(e) for e in case.expected]
+    assert golden.compare(form, case, outputs, tmp_path) is None  # none recorded yet
+    golden.record(form, case, outputs, "test device", tmp_path)
+    assert golden.compare(form, case, outputs, tmp_path) is None
+    wrong = [o.copy() for o in outputs]
+    wrong[0].reshape(-1)[0] += 1
+    assert "against test device" in str(golden.compare(form, case, wrong, tmp_path))
+    other = form.make(np.random.default_rng(0))
+    assert "record it again" in str(golden.compare(form, other, outputs, tmp_path))
+
+
+def test_cases_are_the_same_every_time() -> None:
+    for form in FORMS:
+        assert form.case().digest() == form.case().digest(), form.name
+
+
+def test_mismatch_sees_one_bit_a_nan_and_a_tolerance() -> None:
+    x = np.array([1.0, np.nan, np.inf, 0.0], np.float32)
+    assert mismatch(x, x.copy(), None) is None
+    assert mismatch(np.nextafter(x, np.float32(2)), x, None) is not None
+    assert mismatch(np.array([-0.0], np.float32), np.array([0.0], np.float32), None) is not None
+    assert mismatch(x + np.float32(1e-3), x, 1e-2) is None
+    assert mismatch(x + np.float32(1e-1), x, 1e-2) is not None
+    assert mismatch(np.array([np.nan]), np.array([1.0]), 1e9) is not None
+    assert mismatch(np.array([np.inf]), np.array([1.0]), 1e9) is not None
+
+
+def test_unwritten_output_is_seen() -> None:
+    output = blank(4, np.float32)
+    assert np.isnan(output.initial).all()
+
+
+def test_every_form_is_compiled_in_a_known_group() -> None:
+    assert {f.group for f in FORMS} == {"sm_75", "sm_80", "sm_90a", "sm_90a_wgmma"}
+    assert all(isinstance(f, Form) for f in FORMS)
