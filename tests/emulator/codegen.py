@@ -10,8 +10,9 @@ becomes a call into the runtime. How to add an instruction::
             e.site()
             e.line(f"emu::mbarrier_init(t, {e.address(i.operands[0], 'shared')}, {e.read(i.operands[1], 'u32')});")
 
-Every modifier must be taken by the emitter; one that is left is an error naming the instruction, so nothing is ignored
-by accident.
+An emitter may be registered for a longer prefix, as in @emits("cp.async.bulk", "fence.proxy"); the longest registered
+prefix of an opcode wins, and the prefix is already taken from `m`. Every other modifier must be taken by the emitter; one
+that is left is an error naming the instruction, so nothing is ignored by accident.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ EMITTERS: dict[str, Emit] = {}
 
 
 def emits(*opcodes: str) -> Callable[[Emit], Emit]:
-    """Register the emitter of some base opcodes ("cp" for everything that begins with `cp.`)."""
+    """Register the emitter of every instruction whose dotted opcode begins with one of `opcodes`."""
 
     def register(function: Emit) -> Emit:
         for opcode in opcodes:
@@ -87,11 +88,20 @@ def emits(*opcodes: str) -> Callable[[Emit], Emit]:
     return register
 
 
-class Modifiers:
-    """The dotted modifiers of one instruction; each must be taken exactly once."""
+def find_emitter(i: Instruction) -> tuple[Emit, int]:
+    """The emitter of the longest registered prefix, and how many modifiers that prefix takes."""
+    for taken in range(len(i.modifiers), -1, -1):
+        emit = EMITTERS.get(".".join([i.opcode, *i.modifiers[:taken]]))
+        if emit is not None:
+            return emit, taken
+    raise Unsupported(f"PTX instruction {i.full_opcode} (in `{i.text}`)")
 
-    def __init__(self, instruction: Instruction) -> None:
-        self.left = list(instruction.modifiers)
+
+class Modifiers:
+    """The dotted modifiers of one instruction after its registered prefix; each must be taken exactly once."""
+
+    def __init__(self, instruction: Instruction, taken: int = 0) -> None:
+        self.left = list(instruction.modifiers[taken:])
         self._text = instruction.full_opcode
 
     def flag(self, *names: str) -> bool:
@@ -180,6 +190,11 @@ class Emitter:
             self.sites.append(Site(self._now.full_opcode, self._now.location))
             self.lines.append(f"    t.site = {self._site};")
         return self._site
+
+    def count(self) -> None:
+        """Count one lane's execution of the current instruction (grouped into warp instructions by the runtime)."""
+        self.site()
+        self.line("if (emu::counting) emu::count_lane(t);")
 
     def fail(self, why: str) -> Unsupported:
         """An exception that names the current instruction (`raise e.fail("...")`)."""
@@ -381,11 +396,9 @@ class Emitter:
         self.scopes[-1].variables[v.name] = name
 
     def _instruction(self, i: Instruction) -> None:
-        emit = EMITTERS.get(i.opcode)
-        if emit is None:
-            raise Unsupported(f"PTX instruction {i.full_opcode} (in `{i.text}`)")
+        emit, taken = find_emitter(i)
         self._now, self._site = i, None
-        modifiers = Modifiers(i)
+        modifiers = Modifiers(i, taken)
         start = len(self.lines)
         emit(self, i, modifiers)
         if modifiers.left:

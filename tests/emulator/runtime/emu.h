@@ -64,7 +64,8 @@ struct Thread {
   Copy* copies;
   u32 ncopies, copies_capacity, copy_group;
   u64 copy_seq;
-  u64 instructions;     // used by %clock
+  u64 local_low, local_high;  // bytes of the .local variables that are alive
+  u32 fuel, refuels;    // backward branches until the next look at the others
 };
 
 // A thread block that is running; several of them when they form a cluster.
@@ -84,7 +85,6 @@ struct Block {
 struct Launch {
   uint3_ grid, block, cluster;
   u32 static_shared, shared_bytes;  // bytes of shared memory: static part, static + dynamic
-  u32 nregs_shared_reserved;
   u32 seed;
   u32 race, uninitialised, counters;
   const Site* sites;
@@ -103,6 +103,7 @@ const char* where(u32 site);  // "fa_fwd.cu:51 (from line 88), ld.shared.u32", i
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
 extern Thread* current;           // the running fiber (kernels use their own `t`)
+void refuel(Thread& t);           // after many backward branches: let others run, end endless loops
 void yield(Thread& t);            // polling loops: let others run; fails with DEADLOCK when nothing can ever change
 void progress();                  // call when something a polling fiber may wait for has changed (resets that counter)
 void park(Thread& t, const char* why);  // sleep until wake(); `why` appears in deadlock reports (string must outlive)
@@ -117,8 +118,13 @@ void collective(Thread& t, u32 mask, const char* op, void* mine, Leader leader, 
 
 // Barriers of the block. threads == 0 means all (live) threads. Returns only when the barrier opens.
 void barrier_sync(Thread& t, u32 id, u32 threads, bool aligned = true);
-void barrier_arrive(Thread& t, u32 id, u32 threads);
-u32 barrier_reduce(Thread& t, u32 id, u32 threads, u32 op /*0 and, 1 or, 2 popc*/, bool value);
+void barrier_arrive(Thread& t, u32 id, u32 threads, bool aligned = true);
+u32 barrier_reduce(Thread& t, u32 id, u32 threads, u32 op /*0 and, 1 or, 2 popc*/, bool value, bool aligned = true);
+[[noreturn]] void exit_thread(Thread& t);  // `exit` inside a device function
+u64 clock(Thread& t);                      // %clock: grows with every switch of fibers
+u32 dynamic_shared_bytes();
+[[noreturn]] void assert_failed(const u8* message, const u8* file, const u8* line);
+void device_printf(u8* result, const u8* format, const u8* arguments);
 
 // ---- memory: bounds, alignment, initialised bits, races, counters in one call -----------------------------------------
 // Each returns the host address of the bytes; READ functions check, WRITE functions also mark the bytes as initialised.
@@ -126,6 +132,9 @@ enum Kind : u32 {
   READ = 0, WRITE = 1,
   STRONG = 2,    // atomics, volatile, relaxed and stronger: they do not race with each other
   READ_ONLY = 4, // ld.global.nc: must not meet any write of this launch
+  ACQUIRE = 8,   // later accesses of the thread come after what was released at this address
+  RELEASE = 16,
+  ATOMIC = 32,   // read-modify-write
 };
 u8* shared_at(Thread& t, u32 address, u32 bytes, u32 align);                // bounds and alignment only
 u8* shared_access(Thread& t, u32 address, u32 bytes, u32 kind);             // align = bytes (at most 16)
@@ -133,6 +142,21 @@ u8* global_access(Thread& t, u64 address, u32 bytes, u32 kind);
 u8* generic_access(Thread& t, u64 address, u32 bytes, u32 kind);
 u8* local_access(Thread& t, u64 address, u32 bytes);
 u8* const_access(Thread& t, u64 address, u32 bytes);
+void fence(Thread& t);                              // membar, fence.acq_rel: a later strong write releases what came before
+u64 to_shared_address(Thread& t, u64 generic);      // cvta.to.shared
+bool is_shared(Thread& t, u64 generic);
+bool is_global(Thread& t, u64 generic);
+bool is_local(Thread& t, u64 generic);
+bool is_const(Thread& t, u64 generic);
+struct LocalRange {  // the lifetime of one .local variable
+  Thread& t;
+  u64 low, high;
+  LocalRange(Thread& thread, u8* bytes, u32 size) : t(thread), low(t.local_low), high(t.local_high) {
+    t.local_low = (u64)bytes < low || low == high ? (u64)bytes : low;
+    t.local_high = (u64)bytes + size > high ? (u64)bytes + size : high;
+  }
+  ~LocalRange() { t.local_low = low, t.local_high = high; }
+};
 // Bounds check of global bytes without recording an access (used for asynchronous copies: check now, touch later).
 u8* global_at(Thread& t, u64 address, u32 bytes, u32 align, u32 kind);
 
@@ -140,6 +164,7 @@ u8* global_at(Thread& t, u64 address, u32 bytes, u32 align, u32 kind);
 // A sync object (barrier, mbarrier) owns a vector clock: release(clock) by whoever arrives, acquire(clock) by whoever leaves.
 struct Clock {      // zero-initialise; freed with the blocks that run together
   u32* time;
+  u32 proxy;        // which asynchronous engine's entry its complete_tx accesses use
 };
 void release(Thread& t, Clock& clock);
 void acquire(Thread& t, Clock& clock);
@@ -162,6 +187,7 @@ void cp_async_wait(Thread& t, u32 keep);                 // wait_group keep
 void cp_async_deliver(Thread& t, u64 before_seq);        // complete every copy of t with seq < before_seq (mbarrier.arrive)
 
 // ---- counters: cheap when off -----------------------------------------------------------------------------------------
+extern bool counting;
 // One warp instruction at the current site; call once per warp (from a leader) for collectives.
 void count_warp(Thread& t, u32 warp_instructions = 1);
 // One lane's part of a warp instruction executed lane by lane; grouped by (site, warp, n-th execution by the lane).
