@@ -1,6 +1,8 @@
-"""The NumPy backend, for users without a GPU: the same tiled online softmax as the kernels, on BLAS.
+"""The NumPy backend, for users without a GPU: the same tiled online softmax as the kernels, on
+BLAS.
 
-Its three functions receive arguments that have been checked, always in the axis order (*B, H, L, D).
+Its three functions receive arguments that have been checked, always in the axis order (*B, H, L,
+D).
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ def merge(
     outs, lses
         At least one (*B, H, Lq, Dv) and (*B, H, Lq) each.
     out
-        Where to write, which may be one of `outs`; allocated in the memory order of the first when None.
+        Where to write, which may be one of `outs`; allocated in the memory order of the first when
+        None.
 
     Returns
     -------
-    out, lse as from `forward`. A part with lse = -inf saw no key and has no say, whatever its `out` holds.
+    out, lse as from `forward`. A part with lse = -inf saw no key and has no say, whatever its `out`
+    holds.
     """
     first = outs[0]
     dtype = accumulator(first.dtype)

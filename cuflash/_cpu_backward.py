@@ -1,9 +1,10 @@
 """Attention backward on NumPy arrays: weights recomputed tile by tile from the saved log-sum-exp.
 
-    P = exp(s - lse)      dV = P^T dO      dP = dO V^T      dS = P (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
-    delta = rowsum(dO * O) - dlse
+    P = exp(s - lse)     dV = P^T dO     dP = dO V^T     dS = P (dP - delta)     dQ = scale dS K
+    dK = scale dS^T Q delta = rowsum(dO * O) - dlse
 
-A pair that the mask hides has P = dS = 0, set and not multiplied: NaN in a hidden place must reach nothing.
+A pair that the mask hides has P = dS = 0, set and not multiplied: NaN in a hidden place must reach
+nothing.
 """
 
 from __future__ import annotations
@@ -13,37 +14,57 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._cpu_masks import Band
-from ._cpu_scores import Alibi, Place, Softcap, scores_of
-from ._cpu_tiles import (
-    Scratch,
-    Shape,
-    Tiling,
-    accumulator,
-    for_blas,
-    stack_rows,
-    units,
-    visible_matmul,
-)
+from ._cpu_scores import Alibi, Place
+from ._cpu_tiles import Call, for_blas, stack_rows, units, visible_matmul
 from ._options import Options
 from ._order import empty_like_order
 
 
 @dataclass
 class _Unit:
-    """One unit's operands and float32 (float64) sums; a sum that nobody asked for is None."""
+    """One unit's operands and sums; a gradient that nobody asked for is None."""
 
+    place: tuple[slice, ...]
     q: np.ndarray  # (*unit, G, Lq, D)
-    k: np.ndarray  # (*unit, Lk, D), ready for BLAS
-    v: np.ndarray  # (*unit, Lk, Dv), ready for BLAS
+    k: np.ndarray  # (*unit, Lk, D)
+    v: np.ndarray  # (*unit, Lk, Dv)
     dout: np.ndarray  # (*unit, G, Lq, Dv)
     out: np.ndarray  # (*unit, G, Lq, Dv)
     lse: np.ndarray  # (*unit, G, Lq)
     dlse: np.ndarray | None  # (*unit, G, Lq)
     dq: np.ndarray | None  # (*unit, G, Lq, D), the caller's: written once per row tile
-    dk: np.ndarray | None  # (*unit, Lk, D)
-    dv: np.ndarray | None  # (*unit, Lk, Dv)
-    place: tuple[slice, ...]
+    dk: np.ndarray | None  # (*unit, Lk, D), a sum in the accumulator's dtype
+    dv: np.ndarray | None  # (*unit, Lk, Dv), the same
+
+
+@dataclass
+class _Rows:
+    """A row tile's operands, the group's heads stacked, in the accumulator's dtype."""
+
+    q0: int
+    q1: int
+    q: np.ndarray  # (*unit, G * rows, D), scaled
+    dout: np.ndarray  # (*unit, G * rows, Dv)
+    delta: np.ndarray  # (*unit, G * rows, 1)
+    lse: np.ndarray  # (*unit, G * rows, 1)
+    dq: np.ndarray | None  # (*unit, G * rows, D), sum of dS K without the scale
+
+    @classmethod
+    def of(cls, call: Call, unit: _Unit, q0: int, q1: int) -> _Rows:
+        cut = np.s_[..., q0:q1, :]
+        q = stack_rows(unit.q[cut], call.dtype) * call.scale
+        dout = stack_rows(unit.dout[cut], call.dtype)
+        product = call.scratch.take("part", dout.shape)
+        np.multiply(dout, stack_rows(unit.out[cut], call.dtype), out=product)
+        delta = product.sum(axis=-1, keepdims=True)
+        if unit.dlse is not None:
+            delta -= unit.dlse[..., q0:q1].reshape(delta.shape)
+        lse = unit.lse[..., q0:q1].reshape(delta.shape)
+        # A row without weights: exp(s - 0) is 0 for its scores of -inf, where s - lse would be -inf
+        # + inf.
+        lse = np.where(np.isneginf(lse), 0, lse)
+        dq = None if unit.dq is None else call.scratch.take("dq", q.shape)
+        return cls(q0, q1, q, dout, delta, lse, dq)
 
 
 def backward(
@@ -72,178 +93,165 @@ def backward(
     wrt
         Any of "q", "k", "v", "alibi_slopes".
     grads_out
-        Arrays to write "q", "k", "v" to; missing or None ones are allocated in the memory order of their argument.
+        Arrays to write "q", "k", "v" to; missing or None ones are allocated in the memory order of
+        their argument.
 
     Returns
     -------
     name -> gradient, for the names in `wrt`; each has the shape and dtype of its argument.
     """
-    shape = Shape.of(q, k, v)
-    dtype = accumulator(q.dtype)
-    given = grads_out or {}
+    call = Call.of(q, k, v, options)
     grads: dict[str, np.ndarray] = {}
     for name, argument in (("q", q), ("k", k), ("v", v)):
         if name in wrt:
-            buffer = given.get(name)
-            grads[name] = (
-                empty_like_order(argument.shape, argument.dtype, argument)
-                if buffer is None
-                else buffer
-            )
-    scores = scores_of(options, (*shape.outer, shape.group), dtype)
-    # Sums that several units share, or whose dtype is too narrow to add in, live in an accumulator of their own.
-    sums = {name: np.zeros(grads[name].shape, dtype=dtype) for name in ("k", "v") if name in grads}
-    if lse.size == 0 or shape.len_k == 0:
-        for grad in grads.values():
-            grad[...] = 0
-    else:
+            buffer = (grads_out or {}).get(name)
+            if buffer is None:
+                buffer = empty_like_order(argument.shape, argument.dtype, argument)
+            grads[name] = buffer
+    for grad in grads.values():
+        grad[...] = 0
+    if lse.size and call.shape.len_k:
         with np.errstate(all="ignore"):
-            _backward_units(
-                dout, q, k, v, out, lse, options, dlse, grads.get("q"), sums, scores, shape, dtype
-            )
-            for name, total in sums.items():
-                grads[name][...] = total
+            _backward_units(call, dout, q, k, v, out, lse, dlse, grads)
     if "alibi_slopes" in wrt:
-        grads["alibi_slopes"] = next(s for s in scores if isinstance(s, Alibi)).gradient()
+        grads["alibi_slopes"] = next(s for s in call.scores if isinstance(s, Alibi)).gradient()
     return grads
 
 
 def _backward_units(
+    call: Call,
     dout: np.ndarray,
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
     out: np.ndarray,
     lse: np.ndarray,
-    options: Options,
     dlse: np.ndarray | None,
-    dq: np.ndarray | None,
-    sums: dict[str, np.ndarray],
-    scores: list[Softcap | Alibi],
-    shape: Shape,
-    dtype: np.dtype,
+    grads: dict[str, np.ndarray],
 ) -> None:
-    """All units; those that share keys (k or v broadcast over a batch axis) add to the same sums, in order."""
-    tiling = Tiling.of(shape)
-    mask = Band(shape.len_k, options.q_offset, options.left, options.right)
-    scratch = Scratch(dtype)
+    """All units; those that share keys (k or v broadcast over a batch axis) add to the same sums,
+    in order."""
+    shape = call.shape
     rows = {
         name: None if x is None else shape.group_rows(x)
-        for name, x in (
-            ("q", q),
-            ("dout", dout),
-            ("out", out),
-            ("lse", lse),
-            ("dlse", dlse),
-            ("dq", dq),
-        )
+        for name, x in {
+            "q": q,
+            "dout": dout,
+            "out": out,
+            "lse": lse,
+            "dlse": dlse,
+            "dq": grads.get("q"),
+        }.items()
     }
+    sums = {n: _KeySum(grads[n], shape.outer, call.dtype) for n in ("k", "v") if n in grads}
     all_k, all_v = shape.spread(k), shape.spread(v)
-    for place in units(shape.outer, tiling.heads):
-        own = {
-            name: np.zeros((*all_k[place].shape[:-1], total.shape[-1]), dtype=dtype)
-            for name, total in sums.items()
-        }
+    for place in units(shape.outer, call.tiling.heads):
+        own = {name: total.begin(place) for name, total in sums.items()}
         unit = _Unit(
-            **{name: None if x is None else x[place] for name, x in rows.items()},
-            k=for_blas(all_k[place], dtype),
-            v=for_blas(all_v[place], dtype),
+            place,
+            k=call.whole(all_k[place]),
+            v=call.whole(all_v[place]),
             dk=own.get("k"),
             dv=own.get("v"),
-            place=place,
+            **{name: None if x is None else x[place] for name, x in rows.items()},
         )
-        _backward_unit(unit, options.scale, mask, scores, tiling, scratch)
-        for name, part in own.items():
-            total = sums[name]
-            shared = tuple(a for a, n in enumerate(total.shape[:-2]) if n == 1)
-            where = tuple(slice(0, 1) if a in shared else cut for a, cut in enumerate(place))
-            total[where] += part.sum(axis=shared, keepdims=True) if shared else part
+        for q0, q1 in call.row_tiles():
+            _backward_rows(call, unit, q0, q1)
+        for name, total in sums.items():
+            total.end(place, own[name])
+    for total in sums.values():
+        total.finish()
 
 
-def _backward_unit(
-    unit: _Unit,
-    scale: float,
-    mask: Band,
-    scores: list[Softcap | Alibi],
-    tiling: Tiling,
-    scratch: Scratch,
-) -> None:
-    """All rows of a unit."""
-    dtype = unit.k.dtype
-    len_q = unit.q.shape[-2]
-    for q0 in range(0, len_q, tiling.rows):
-        q1 = min(q0 + tiling.rows, len_q)
-        low, high = mask.keys(q0, q1)
-        if low >= high:
-            if unit.dq is not None:
-                unit.dq[..., q0:q1, :] = 0
-            continue
-        cut = np.s_[..., q0:q1, :]
-        rows = stack_rows(unit.q[cut], dtype) * dtype.type(scale)
-        dout = stack_rows(unit.dout[cut], dtype)
-        delta = np.sum(dout * stack_rows(unit.out[cut], dtype), axis=-1, keepdims=True)
-        lse = unit.lse[..., q0:q1].reshape(*delta.shape)
-        if unit.dlse is not None:
-            delta -= unit.dlse[..., q0:q1].reshape(*delta.shape)
-        # A row without weights: exp(s - 0) is 0 for its scores of -inf, where s - lse would be -inf + inf.
-        lse = np.where(np.isneginf(lse), 0, lse)
-        dq = scratch.take("dq", rows.shape) if unit.dq is not None else None
-        for k0 in range(low, high, tiling.keys):
-            k1 = min(k0 + tiling.keys, high)
-            place = Place(unit.place, q0, q1, k0, k1)
-            _backward_tile(
-                unit, rows, dout, delta, lse, dq, k0 == low, mask, scores, place, scratch
-            )
-        if dq is not None and unit.dq is not None:
-            dq *= dtype.type(scale)
-            unit.dq[cut] = dq.reshape(*unit.q.shape[:-2], q1 - q0, -1)
+class _KeySum:
+    """Where the parts of dk or dv are added up.
+
+    In the gradient itself when its dtype is wide enough and every unit has keys of its own. A
+    narrow gradient gets one wide sum per unit; keys that several units share (k or v broadcast over
+    a batch axis) one for all of them.
+    """
+
+    def __init__(self, grad: np.ndarray, outer: tuple[int, ...], dtype: np.dtype) -> None:
+        """`grad` holds zeros."""
+        self.grad, self.outer, self.dtype = grad, outer, dtype
+        self.in_place = grad.dtype == dtype and grad.shape[:-2] == outer
+        self.shared = None if grad.shape[:-2] == outer else np.zeros(grad.shape, dtype=dtype)
+
+    def begin(self, place: tuple[slice, ...]) -> np.ndarray:
+        """The array that a unit adds its tiles to."""
+        if self.in_place:
+            return self.grad[place]
+        extents = (len(range(*cut.indices(n))) for cut, n in zip(place, self.outer, strict=True))
+        return np.zeros((*extents, *self.grad.shape[-2:]), dtype=self.dtype)
+
+    def end(self, place: tuple[slice, ...], part: np.ndarray) -> None:
+        """Take a finished unit's sum."""
+        if self.shared is not None:
+            axes = tuple(a for a, n in enumerate(self.shared.shape[:-2]) if n == 1)
+            where = tuple(slice(0, 1) if a in axes else cut for a, cut in enumerate(place))
+            self.shared[where] += part.sum(axis=axes, keepdims=True)
+        elif not self.in_place:
+            self.grad[place] = part
+
+    def finish(self) -> None:
+        """Round the shared sum, once."""
+        if self.shared is not None:
+            self.grad[...] = self.shared
 
 
-def _backward_tile(
-    unit: _Unit,
-    rows: np.ndarray,  # (*unit, G * rows, D), scaled
-    dout: np.ndarray,  # (*unit, G * rows, Dv)
-    delta: np.ndarray,  # (*unit, G * rows, 1)
-    lse: np.ndarray,  # (*unit, G * rows, 1)
-    dq: np.ndarray | None,  # (*unit, G * rows, D), unscaled sum
-    first: bool,
-    mask: Band,
-    scores: list[Softcap | Alibi],
-    place: Place,
-    scratch: Scratch,
-) -> None:
+def _backward_rows(call: Call, unit: _Unit, q0: int, q1: int) -> None:
+    """One tile of rows against all keys that it sees."""
+    tiles = list(call.key_tiles(q0, q1))
+    if not tiles:
+        return
+    rows = _Rows.of(call, unit, q0, q1)
+    for k0, k1 in tiles:
+        _backward_tile(call, unit, rows, Place(unit.place, q0, q1, k0, k1), k0 == tiles[0][0])
+    if rows.dq is not None and unit.dq is not None:
+        rows.dq *= call.scale
+        unit.dq[..., q0:q1, :] = rows.dq.reshape(*unit.q.shape[:-2], q1 - q0, unit.q.shape[-1])
+
+
+def _backward_tile(call: Call, unit: _Unit, rows: _Rows, place: Place, first: bool) -> None:
     """Add one tile's part to dq, dk, dv and the scores' own gradients."""
-    q0, q1, k0, k1 = place.q0, place.q1, place.k0, place.k1
-    keys, values = unit.k[..., k0:k1, :], unit.v[..., k0:k1, :]
-    group = unit.q.shape[-3]
-    split_shape = (*unit.q.shape[:-2], q1 - q0, k1 - k0)
-    weights = scratch.take("scores", (*rows.shape[:-1], k1 - k0))
-    np.matmul(rows, keys.swapaxes(-1, -2), out=weights)
-    saved = [score.apply(weights.reshape(split_shape), place) for score in scores]
-    weights -= lse
-    # s <= lse but for rounding, which at logits of 1e11 is thousands: exp of that would overflow.
-    np.minimum(weights, 0, out=weights)
+    k0, k1 = place.k0, place.k1
+    keys = for_blas(unit.k[..., k0:k1, :], call.dtype)
+    values = for_blas(unit.v[..., k0:k1, :], call.dtype)
+    by_head = (*unit.q.shape[:-2], place.q1 - place.q0, k1 - k0)
+    cut = call.mask.cut(place.q0, place.q1, k0, k1)
+
+    weights = call.scratch.take("scores", (*rows.q.shape[:-1], k1 - k0))
+    np.matmul(rows.q, keys.swapaxes(-1, -2), out=weights)
+    saved = [score.apply(weights.reshape(by_head), place) for score in call.scores]
+    weights -= rows.lse
+    # s <= lse but for rounding; at logits of 1e11 that is thousands, whose exp would overflow.
+    if not weights.max() <= 1e-3:
+        np.minimum(weights, 0, out=weights)
     np.exp(weights, out=weights)
-    keep = mask.keep(q0, q1, k0, k1)
-    hidden = keep_t = None
-    if keep is not None:
-        keep = np.tile(keep, (group, 1))
-        hidden, keep_t = ~keep, keep.T
-        np.copyto(weights, 0, where=hidden)
+    if cut is not None:
+        cut.fill(weights.reshape(by_head), 0)
     if unit.dv is not None:
-        unit.dv[..., k0:k1, :] += visible_matmul(weights.swapaxes(-1, -2), dout, keep_t)
-    grads = scratch.take("grads", weights.shape)
-    np.matmul(dout, values.swapaxes(-1, -2), out=grads)
-    grads -= delta
+        part = call.scratch.take("part", values.shape)
+        unit.dv[..., k0:k1, :] += visible_matmul(
+            weights.swapaxes(-1, -2), rows.dout, cut, out=part, transposed=True
+        )
+
+    grads = call.scratch.take("grads", weights.shape)
+    np.matmul(rows.dout, values.swapaxes(-1, -2), out=grads)
+    grads -= rows.delta
     grads *= weights
-    if hidden is not None:
-        np.copyto(grads, 0, where=hidden)
-    for score, kept in zip(reversed(scores), reversed(saved), strict=True):
-        score.backward(grads.reshape(split_shape), kept, place)
-    if dq is not None:
+    if cut is not None:
+        cut.fill(grads.reshape(by_head), 0)
+    for score, kept in zip(reversed(call.scores), reversed(saved), strict=True):
+        score.backward(grads.reshape(by_head), kept, place)
+    if rows.dq is not None:
         if first:
-            visible_matmul(grads, keys, keep, out=dq)
+            visible_matmul(grads, keys, cut, out=rows.dq)
         else:
-            dq += visible_matmul(grads, keys, keep)
+            part = call.scratch.take("part", rows.dq.shape)
+            rows.dq += visible_matmul(grads, keys, cut, out=part)
     if unit.dk is not None:
-        unit.dk[..., k0:k1, :] += visible_matmul(grads.swapaxes(-1, -2), rows, keep_t)
+        part = call.scratch.take("part", keys.shape)
+        unit.dk[..., k0:k1, :] += visible_matmul(
+            grads.swapaxes(-1, -2), rows.q, cut, out=part, transposed=True
+        )

@@ -1,8 +1,10 @@
-"""How the NumPy backend cuts a call into tiles: sizes, loops, scratch memory, and products that respect the mask.
+"""How the NumPy backend cuts a call into tiles: sizes, loops, scratch memory, and products that
+respect the mask.
 
-A step of the backend is one `np.matmul` over a *unit*: a block of (batch, kv head) pairs, all query heads of each
-(GQA shares K and V by stacking the group's rows), `rows` queries and `keys` keys. Long sequences make units of one head
-with tiles that fit the cache; short ones make units of many heads, so no Python loop runs over heads of 16 tokens.
+A step of the backend is one `np.matmul` over a *unit*: a block of (batch, kv head) pairs, all query
+heads of each (GQA shares K and V by stacking the group's rows), `rows` queries and `keys` keys.
+Long sequences make units of one head with tiles that fit the cache; short ones make units of many
+heads, so no Python loop runs over heads of 16 tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +15,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Elements of the largest scratch tile: 2^19 float32 are 2 MB, half of a server core's level 2 cache, measured best.
+from ._cpu_masks import Band, Cut
+from ._cpu_scores import Alibi, Softcap, scores_of
+from ._options import Options
+
+# Elements of a step's operands and scores together: they should stay in a core's level 2 cache (2
+# MB of float32).
 TILE_ELEMENTS = 1 << 19
-# Rows and keys of a tile at most: tall enough for BLAS to run at speed, and the online rescale costs 1/KEYS of a pass.
+# Rows and keys of a tile at most. Larger ones leave the cache, smaller ones leave BLAS and NumPy
+# with their overheads.
 TILE_ROWS = 256
-TILE_KEYS = 1024
+TILE_KEYS = 512
+# K and V are converted (16-bit dtypes, odd strides) once per unit up to this many bytes, beyond it
+# tile by tile.
+CONVERTED_BYTES = 16 << 20
 
 
 def accumulator(dtype: np.dtype) -> np.dtype:
@@ -50,7 +61,8 @@ class Shape:
         return (*self.batch, self.heads_kv)
 
     def group_rows(self, x: np.ndarray) -> np.ndarray:
-        """View of q, out or dout (*B, H, Lq, n) as (*B, Hkv, G, Lq, n); of lse (*B, H, Lq) as (*B, Hkv, G, Lq)."""
+        """View of q, out or dout (*B, H, Lq, n) as (*B, Hkv, G, Lq, n); of lse (*B, H, Lq) as (*B,
+        Hkv, G, Lq)."""
         axis = len(self.batch)
         return x.reshape(*x.shape[:axis], self.heads_kv, self.group, *x.shape[axis + 1 :])
 
@@ -61,7 +73,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile extents of one call: `rows` queries of each of the group's heads, `keys` keys, `heads` kv heads a unit."""
+    """Tile extents of one call: `rows` queries of each of the group's heads, `keys` keys, `heads`
+    kv heads a unit."""
 
     rows: int
     keys: int
@@ -77,9 +90,11 @@ class Tiling:
 
 
 def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:
-    """Blocks of at most `heads` consecutive places of the `outer` axes, as tuples of slices that cover them all.
+    """Blocks of at most `heads` consecutive places of the `outer` axes, as tuples of slices that
+    cover them all.
 
-    The last axes are taken whole as long as they fit, one axis is cut in runs, those before it are walked one by one.
+    The last axes are taken whole as long as they fit, one axis is cut in runs, those before it are
+    walked one by one.
     """
     cuts: list[list[slice]] = []
     room = heads
@@ -91,7 +106,8 @@ def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:
 
 
 class Scratch:
-    """Buffers that are reused from tile to tile: fresh pages for every tile would cost as much as the arithmetic."""
+    """Buffers that are reused from tile to tile: fresh pages for every tile would cost as much as
+    the arithmetic."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.dtype = dtype
@@ -104,6 +120,48 @@ class Scratch:
         if buffer is None or buffer.size < size:
             buffer = self.buffers[name] = np.empty(size, dtype=self.dtype)
         return buffer[:size].reshape(shape)
+
+
+@dataclass
+class Call:
+    """What all tiles of one call share."""
+
+    shape: Shape
+    tiling: Tiling
+    mask: Band
+    scores: list[Softcap | Alibi]
+    scale: np.generic
+    dtype: np.dtype
+    scratch: Scratch
+
+    @classmethod
+    def of(cls, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: Options) -> Call:
+        shape, dtype = Shape.of(q, k, v), accumulator(q.dtype)
+        return cls(
+            shape,
+            Tiling.of(shape),
+            Band(shape.len_k, options.q_offset, options.left, options.right),
+            scores_of(options, (*shape.outer, shape.group), dtype),
+            dtype.type(options.scale),
+            dtype,
+            Scratch(dtype),
+        )
+
+    def whole(self, x: np.ndarray) -> np.ndarray:
+        """K or V of a unit, ready for BLAS if that copy is small (else its tiles are made ready one
+        by one)."""
+        return for_blas(x, self.dtype) if x.size * self.dtype.itemsize <= CONVERTED_BYTES else x
+
+    def row_tiles(self) -> Iterator[tuple[int, int]]:
+        """Ranges of query rows."""
+        for q0 in range(0, self.shape.len_q, self.tiling.rows):
+            yield q0, min(q0 + self.tiling.rows, self.shape.len_q)
+
+    def key_tiles(self, q0: int, q1: int) -> Iterator[tuple[int, int]]:
+        """Ranges of keys that rows `q0:q1` see; none when they see no key."""
+        low, high = self.mask.keys(q0, q1)
+        for k0 in range(low, high, self.tiling.keys):
+            yield k0, min(k0 + self.tiling.keys, high)
 
 
 def for_blas(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -120,7 +178,8 @@ def for_blas(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def stack_rows(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A tile (*unit, Hkv, G, rows, n) as (*unit, Hkv, G * rows, n) in `dtype`: the group's heads share one product."""
+    """A tile (*unit, Hkv, G, rows, n) as (*unit, Hkv, G * rows, n) in `dtype`: the group's heads
+    share one product."""
     if x.shape[-3] == 1:
         return for_blas(x[..., 0, :, :], dtype)
     dense = np.ascontiguousarray(x, dtype=dtype)
@@ -128,35 +187,44 @@ def stack_rows(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def visible_matmul(
-    weights: np.ndarray, x: np.ndarray, keep: np.ndarray | None, out: np.ndarray | None = None
+    weights: np.ndarray,
+    x: np.ndarray,
+    cut: Cut | None,
+    out: np.ndarray | None = None,
+    *,
+    transposed: bool = False,
 ) -> np.ndarray:
-    """`weights @ x` in which pairs that `keep` hides have no part, whatever `x` holds there.
+    """`weights @ x` in which pairs that `cut` hides have no part, whatever `x` holds there.
 
-    Hidden pairs have weight 0, which is enough as long as `x` is finite; but 0 * NaN is NaN, and one NaN in a key that
-    some rows of the tile do not see would reach them. So non-finite values are taken out of `x`, and given back
-    to the pairs that see them.
+    Hidden pairs have weight 0, which is enough as long as `x` is finite; but 0 * NaN is NaN, and
+    one NaN in a key that some rows of the tile do not see would reach them. So non-finite values
+    are taken out of `x`, and given back to the pairs that see them.
 
     Parameters
     ----------
     weights
-        (..., rows, n), 0 wherever `keep` is False.
+        (..., rows, n), 0 wherever hidden.
     x
         (..., n, dim).
-    keep
-        (rows, n) bool, or None when every pair is visible.
+    cut
+        The hidden pairs, or None when there are none.
+    transposed
+        Weights are (keys, queries), as in the gradients of k and v.
     """
-    if keep is None or (finite := np.isfinite(x)).all():
+    if cut is None or (finite := np.isfinite(x)).all():
         return np.matmul(weights, x, out=out)
     out = np.matmul(weights, np.where(finite, x, 0), out=out)
+    visible = cut.visible(weights.shape[-1 if transposed else -2] // cut.rows)
+    visible = visible.T if transposed else visible
 
-    def pairs(weight_is: np.ndarray, x_is: np.ndarray) -> np.ndarray:
-        return np.matmul((keep & weight_is).astype(x.dtype), x_is.astype(x.dtype))
+    def count(weight_is: np.ndarray | bool, x_is: np.ndarray) -> np.ndarray:
+        return np.matmul((visible & weight_is).astype(x.dtype), x_is.astype(x.dtype))
 
     up, down = weights > 0, weights < 0
     plus, minus = np.isposinf(x), np.isneginf(x)
-    out[pairs(up, plus) + pairs(down, minus) > 0] += np.inf
-    out[pairs(up, minus) + pairs(down, plus) > 0] -= np.inf
+    out[count(up, plus) + count(down, minus) > 0] += np.inf
+    out[count(up, minus) + count(down, plus) > 0] -= np.inf
     # Whatever is left is NaN: NaN anywhere, and inf times a weight of 0 or NaN.
-    undefined = pairs(~(up | down), plus | minus) + pairs(np.ones_like(up), np.isnan(x))
+    undefined = count(~(up | down), plus | minus) + count(True, np.isnan(x))
     out[undefined > 0] = np.nan
     return out

@@ -1,8 +1,8 @@
 """What every backend must know about one call besides its arrays, in one frozen value.
 
-The public functions take `causal`, `window`, `q_offset=None`, `scale=None`; a backend should not have to resolve any of
-these again, lest two backends resolve them differently. Here `causal` is already part of `right`, defaults are filled
-in, and only what changes the arithmetic is left.
+The public functions take `causal`, `window`, `q_offset=None`, `scale=None`; a backend should not
+have to resolve any of these again, lest two backends resolve them differently. Here `causal` is
+already part of `right`, defaults are filled in, and only what changes the arithmetic is left.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Options:
     q_offset
         Row i sits at position `d = i + q_offset` of the key axis. A plain Python int, of any size.
     left, right
-        Row i sees keys `d - left <= j <= d + right`; None leaves that side open. `causal` has become
-        `right = min(right, 0)`.
+        Row i sees keys `d - left <= j <= d + right`; None leaves that side open. `causal` has
+        become `right = min(right, 0)`.
     softcap
         `s = softcap * tanh(s / softcap)` right after scaling, or None.
     alibi_slopes

@@ -1,8 +1,9 @@
 """Results whose memory order follows an argument's, for NumPy and CuPy alike.
 
-A caller who hands in a transposed view of a (B, L, H, D) buffer transposes the result back; allocated in the order of
-the argument, that last transpose is free and contiguous. `empty_like` does this in both libraries, but they treat
-broadcast (stride 0) axes differently, so the rule is written out here once.
+A caller who hands in a transposed view of a (B, L, H, D) buffer transposes the result back;
+allocated in the order of the argument, that last transpose is free and contiguous. `empty_like`
+does this in both libraries, but they treat broadcast (stride 0) axes differently, so the rule is
+written out here once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import numpy as np
 def axes_by_stride(reference: Any) -> list[int]:
     """Axes of `reference` from the slowest in memory to the fastest.
 
-    Axes of extent 1 or stride 0 say nothing about the order and keep their place beside their neighbours.
+    Axes of extent 1 or stride 0 say nothing about the order and keep their place beside their
+    neighbours.
     """
     order: list[int] = []
     for axis in range(reference.ndim):

@@ -1,13 +1,16 @@
-"""What attention means, in float64 and without tiles, and how far from it an honest computation may be.
+"""What attention means, in float64 and without tiles, and how far from it an honest computation may
+be.
 
 Two independent yardsticks, neither of which shares code with the package:
 
-* `forward`, `backward`: the definition, one (batch, head) at a time, whole rows, sums over visible pairs only.
-* `low_precision`: the same formula as a user would write it in the dtype of the inputs (matrix products and softmax are
-  computed in float32 and rounded to that dtype). Its error is what "no worse than the obvious code" means, and rule T,
-  `check`, allows a small multiple of it.
+* `forward`, `backward`: the definition, one (batch, head) at a time, whole rows, sums over visible
+  pairs only.
+* `low_precision`: the same formula as a user would write it in the dtype of the inputs (matrix
+  products and softmax are computed in float32 and rounded to that dtype). Its error is what "no
+  worse than the obvious code" means, and rule T, `check`, allows a small multiple of it.
 
-Arrays are (*B, H, L, D); k and v may have batch axes of extent 1; heads of k and v divide those of q.
+Arrays are (*B, H, L, D); k and v may have batch axes of extent 1; heads of k and v divide those of
+q.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def distance(len_q: int, len_k: int, q_offset: int | None) -> np.ndarray:
 
 
 def _product(weights: np.ndarray, x: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """`weights @ x` summed over seen pairs only, so that 0 * NaN of an unseen pair is not even formed."""
+    """`weights @ x` summed over seen pairs only, so that 0 * NaN of an unseen pair is not even
+    formed."""
     if np.isfinite(x).all() and np.isfinite(weights).all():
         return weights @ x
     rows = [weights[i, seen[i]] @ x[seen[i]] for i in range(len(weights))]
@@ -106,7 +110,8 @@ class _Head:
         }
 
     def gross(self, dout: np.ndarray, dlse: np.ndarray) -> dict[str, Any]:
-        """What `out` and the gradients would be if no term cancelled another; NaN and inf count as 0."""
+        """What `out` and the gradients would be if no term cancelled another; NaN and inf count as
+        0."""
         weights = finite_part(self.weights)
         q, k, v, dout, dlse = (abs(finite_part(x)) for x in (self.q, self.k, self.v, dout, dlse))
         dweights = dout @ v.T
@@ -123,7 +128,8 @@ class _Head:
 
 
 def _heads(q: Any, k: Any, v: Any, options: dict[str, Any], visit: Callable[..., None]) -> None:
-    """Call `visit(index, {"k": its index, "v": its index}, head)` for every (batch, query head), in float64."""
+    """Call `visit(index, {"k": its index, "v": its index}, head)` for every (batch, query head), in
+    float64."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     options = dict(options)
     scale, softcap, slopes = (
@@ -157,8 +163,9 @@ def _heads(q: Any, k: Any, v: Any, options: dict[str, Any], visit: Callable[...,
 class Exact:
     """The float64 results of one call.
 
-    `gross` holds, for "out" and every gradient, the sum of its terms without their signs: the yardstick of how much of
-    a float32 rounding error a result can inherit although little of the terms is left after they cancel.
+    `gross` holds, for "out" and every gradient, the sum of its terms without their signs: the
+    yardstick of how much of a float32 rounding error a result can inherit although little of the
+    terms is left after they cancel.
     """
 
     out: np.ndarray
@@ -168,7 +175,8 @@ class Exact:
 
 
 def exact(q: Any, k: Any, v: Any, dout: Any = None, *, dlse: Any = None, **options: Any) -> Exact:
-    """Results in float64, gradients in their arguments' shapes (without `dout` only "gross" of "out").
+    """Results in float64, gradients in their arguments' shapes (without `dout` only "gross" of
+    "out").
 
     Options as in the public API: causal, window, q_offset, scale, softcap, alibi_slopes.
     """
@@ -205,7 +213,8 @@ def forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[np.ndarray, np.ndar
 
 
 def backward(dout: Any, q: Any, k: Any, v: Any, **options: Any) -> dict[str, np.ndarray]:
-    """Gradients "q", "k", "v" and, with slopes, "alibi_slopes", in float64; options and `dlse` as in `exact`."""
+    """Gradients "q", "k", "v" and, with slopes, "alibi_slopes", in float64; options and `dlse` as
+    in `exact`."""
     return exact(q, k, v, dout, **options).grads
 
 
@@ -226,11 +235,12 @@ def finite_part(x: Any) -> np.ndarray:
 def low_precision(
     q: Any, k: Any, v: Any, dout: Any = None, *, dlse: Any = None, **options: Any
 ) -> dict[str, np.ndarray]:
-    """The plain formula in the dtype of q: "out", and with `dout` also "q", "k", "v" (and "alibi_slopes").
+    """The plain formula in the dtype of q: "out", and with `dout` also "q", "k", "v" (and
+    "alibi_slopes").
 
-    Every product and every softmax is computed in float32 (float64 for float64) and rounded to the dtype, as a line of
-    code per step on arrays of that dtype does. NaN and inf count as 0: they would spread to every row here, and this is
-    about the size of honest rounding errors only.
+    Every product and every softmax is computed in float32 (float64 for float64) and rounded to the
+    dtype, as a line of code per step on arrays of that dtype does. NaN and inf count as 0: they
+    would spread to every row here, and this is about the size of honest rounding errors only.
     """
     dtype = q.dtype
     wide = np.float64 if dtype == np.float64 else np.float32
@@ -311,7 +321,8 @@ def _describe(name: str, case: Any, at: Any, got: Any, gold: Any, lp: Any, text:
 
 
 def floor_of(gold: np.ndarray, dtype: Any) -> float:
-    """What rounding alone may cost, where the honest error happens to be 0: two roundings at gold + 0.3."""
+    """What rounding alone may cost, where the honest error happens to be 0: two roundings at gold +
+    0.3."""
     dtype = np.dtype(dtype)
     finite = gold[np.isfinite(gold)]
     if finite.size == 0:
@@ -344,11 +355,13 @@ def check(
     gross: np.ndarray | None = None,
     tile: int = 128,
 ) -> None:
-    """Rule T: finiteness first, then error against `mult` times the error of the honest computation.
+    """Rule T: finiteness first, then error against `mult` times the error of the honest
+    computation.
 
-    Applied to the whole array, and again to every (batch, head) slice and every `tile` rows of it, so that one large
-    error cannot excuse a small wrong region. Where exact values are finite `got` must be, and where they are NaN or
-    inf `got` must be NaN or inf (which of the two depends on where a product overflows first).
+    Applied to the whole array, and again to every (batch, head) slice and every `tile` rows of it,
+    so that one large error cannot excuse a small wrong region. Where exact values are finite `got`
+    must be, and where they are NaN or inf `got` must be NaN or inf (which of the two depends on
+    where a product overflows first).
 
     Parameters
     ----------
@@ -361,9 +374,10 @@ def check(
     dtype
         Expected dtype of `got`, whose rounding sets the floor.
     lse, gross
-        Exact lse and the entry of `Exact.gross` for this result. Scores, lse and their products with dout are float32
-        numbers by contract (float64 for float64), so every term of a sum may be off by a step of float32 at 1 and at the
-        size of lse (near 100 that is 8e-6), however lucky the honest computation is and however much the terms cancel.
+        Exact lse and the entry of `Exact.gross` for this result. Scores, lse and their products
+        with dout are float32 numbers by contract (float64 for float64), so every term of a sum may
+        be off by a step of float32 at 1 and at the size of lse (near 100 that is 8e-6), however
+        lucky the honest computation is and however much the terms cancel.
     """
     got = np.asarray(got)
     assert got.shape == gold.shape, (
@@ -416,7 +430,8 @@ def check(
 
 
 def check_lse(got: Any, gold: np.ndarray, dtype: Any, *, case: Any = None) -> None:
-    """lse to 1e-5 absolute and relative (1e-12 in float64); -inf exactly where no key is seen, NaN where NaN is."""
+    """lse to 1e-5 absolute and relative (1e-12 in float64); -inf exactly where no key is seen, NaN
+    where NaN is."""
     got = np.asarray(got)
     wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
     assert got.shape == gold.shape, (
@@ -443,7 +458,8 @@ def check_lse(got: Any, gold: np.ndarray, dtype: Any, *, case: Any = None) -> No
 
 
 def score_step(lse: np.ndarray, dtype: Any) -> float:
-    """What a weight exp(s - lse) may be off, relatively: a step of float32 (float64) at 1 and one at the largest lse."""
+    """What a weight exp(s - lse) may be off, relatively: a step of float32 (float64) at 1 and one
+    at the largest lse."""
     wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
     size = np.abs(lse[np.isfinite(lse)]).max(initial=1.0)
     return float(np.finfo(wide).eps + np.spacing(wide(size)))
@@ -459,7 +475,8 @@ def check_all(
     lse: Any = None,
     grads: dict[str, Any] | None = None,
 ) -> None:
-    """`check` and `check_lse` for whatever is given; `grads` by name ("q", "k", "v", "alibi_slopes"), None ones skipped."""
+    """`check` and `check_lse` for whatever is given; `grads` by name ("q", "k", "v",
+    "alibi_slopes"), None ones skipped."""
     if lse is not None:
         check_lse(lse, truth.lse, q_dtype, case=case)
     if out is not None:
@@ -470,8 +487,9 @@ def check_all(
             continue
         gross, dtype = truth.gross[name], q_dtype
         if name == "alibi_slopes":
-            # A few numbers, each a sum over all pairs, and the honest error is luck: each term may carry a rounding of
-            # the inputs' dtype, and all of them may pull one way. Slopes may be float32 beside 16-bit inputs.
+            # A few numbers, each a sum over all pairs, and the honest error is luck: each term may
+            # carry a rounding of the inputs' dtype, and all of them may pull one way. Slopes may be
+            # float32 beside 16-bit inputs.
             gross, dtype = (
                 gross * (1 + eps(q_dtype) / score_step(truth.lse, q_dtype)),
                 np.asarray(grad).dtype,
