@@ -97,3 +97,95 @@ def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
     return 2 * (
         tile.block_q * head_dim + tile.stages * tile.block_k * (head_dim + head_dim_v)
     )
+
+
+# Backward. dkdv: a warp owns 16 or 32 keys and both gradients of them; queries stream past. dq: a warp owns 16 or 32 rows.
+# 2026-11-20, chosen.
+BACKWARD_DKDV: dict[tuple[str, tuple[int, int]], Tile] = {
+    ("sm_75", (32, 32)): Tile(64, 128, 4),
+    ("sm_75", (64, 64)): Tile(64, 128, 4),
+    ("sm_75", (96, 96)): Tile(32, 64, 4),
+    ("sm_75", (128, 128)): Tile(32, 64, 4),
+    ("sm_75", (192, 128)): Tile(32, 64, 4),
+    ("sm_75", (192, 192)): Tile(16, 64, 4),
+    ("sm_75", (256, 256)): Tile(16, 32, 2),
+    ("sm_80", (32, 32)): Tile(64, 128, 4, stages=2),
+    ("sm_80", (64, 64)): Tile(64, 128, 4, stages=2),
+    ("sm_80", (96, 96)): Tile(64, 128, 8, stages=2),
+    ("sm_80", (128, 128)): Tile(64, 128, 8, stages=2),
+    ("sm_80", (192, 128)): Tile(32, 128, 8, stages=2),
+    ("sm_80", (192, 192)): Tile(32, 128, 8, stages=2),
+    ("sm_80", (256, 256)): Tile(32, 128, 8),
+    ("sm_86", (32, 32)): Tile(64, 128, 4, stages=2),
+    ("sm_86", (64, 64)): Tile(32, 128, 4, stages=2),
+    ("sm_86", (96, 96)): Tile(32, 128, 8, stages=2),
+    ("sm_86", (128, 128)): Tile(32, 128, 8, stages=2),
+    ("sm_86", (192, 128)): Tile(32, 64, 4, stages=2),
+    ("sm_86", (192, 192)): Tile(32, 64, 4),
+    ("sm_86", (256, 256)): Tile(32, 64, 4),
+    ("sm_90", (32, 32)): Tile(64, 128, 4, stages=2),
+    ("sm_90", (64, 64)): Tile(64, 128, 4, stages=2),
+    ("sm_90", (96, 96)): Tile(64, 128, 8, stages=2),
+    ("sm_90", (128, 128)): Tile(64, 128, 8, stages=2),
+    ("sm_90", (192, 128)): Tile(64, 128, 8, stages=2),
+    ("sm_90", (192, 192)): Tile(32, 128, 8, stages=2),
+    ("sm_90", (256, 256)): Tile(32, 128, 8, stages=2),
+}
+BACKWARD_DQ: dict[tuple[str, tuple[int, int]], Tile] = {
+    ("sm_75", (32, 32)): Tile(128, 64, 4),
+    ("sm_75", (64, 64)): Tile(128, 64, 4),
+    ("sm_75", (96, 96)): Tile(64, 32, 4),
+    ("sm_75", (128, 128)): Tile(64, 32, 4),
+    ("sm_75", (192, 128)): Tile(64, 32, 4),
+    ("sm_75", (192, 192)): Tile(64, 16, 4),
+    ("sm_75", (256, 256)): Tile(32, 32, 2),
+    ("sm_80", (32, 32)): Tile(128, 64, 4, stages=2),
+    ("sm_80", (64, 64)): Tile(128, 64, 4, stages=2),
+    ("sm_80", (96, 96)): Tile(128, 64, 8, stages=2),
+    ("sm_80", (128, 128)): Tile(128, 64, 8, stages=2),
+    ("sm_80", (192, 128)): Tile(128, 32, 8, stages=2),
+    ("sm_80", (192, 192)): Tile(128, 32, 8, stages=2),
+    ("sm_80", (256, 256)): Tile(128, 32, 8),
+    ("sm_86", (32, 32)): Tile(128, 64, 4, stages=2),
+    ("sm_86", (64, 64)): Tile(128, 32, 4, stages=2),
+    ("sm_86", (96, 96)): Tile(128, 32, 8, stages=2),
+    ("sm_86", (128, 128)): Tile(128, 32, 8, stages=2),
+    ("sm_86", (192, 128)): Tile(64, 32, 4, stages=2),
+    ("sm_86", (192, 192)): Tile(64, 32, 4),
+    ("sm_86", (256, 256)): Tile(64, 32, 4),
+    ("sm_90", (32, 32)): Tile(128, 64, 4, stages=2),
+    ("sm_90", (64, 64)): Tile(128, 64, 4, stages=2),
+    ("sm_90", (96, 96)): Tile(128, 64, 8, stages=2),
+    ("sm_90", (128, 128)): Tile(128, 64, 8, stages=2),
+    ("sm_90", (192, 128)): Tile(128, 64, 8, stages=2),
+    ("sm_90", (192, 192)): Tile(128, 32, 8, stages=2),
+    ("sm_90", (256, 256)): Tile(128, 32, 8, stages=2),
+}
+# Kernels that only pass over rows; one for all architectures and head dims.
+BACKWARD_ROWS: dict[str, Tile] = {
+    "backward_prepare": Tile(32, 32, 4),
+    "backward_convert": Tile(32, 32, 4),
+    "backward_slopes": Tile(32, 32, 1),
+}
+
+
+def backward_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Tile:
+    """The tile of one of the backward kernels."""
+    if kernel in BACKWARD_ROWS:
+        return BACKWARD_ROWS[kernel]
+    table = {"backward_dkdv": BACKWARD_DKDV, "backward_dq": BACKWARD_DQ}[kernel]
+    return table[family(arch), (head_dim, head_dim_v)]
+
+
+def backward_shared_bytes(kernel: str, tile: Tile, head_dim: int, head_dim_v: int) -> int:
+    """Dynamic shared memory of one of the backward kernels.
+
+    dkdv keeps tiles of K and V, and `stages` tiles of Q and dO with two floats per row; dq keeps tiles of Q and dO, and
+    `stages` tiles of K and V.
+    """
+    row = 2 * (head_dim + head_dim_v)
+    if kernel == "backward_dkdv":
+        return tile.block_k * row + tile.stages * tile.block_q * (row + 8)
+    if kernel == "backward_dq":
+        return tile.block_q * row + tile.stages * tile.block_k * row
+    return 0
