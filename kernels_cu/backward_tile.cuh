@@ -21,7 +21,7 @@ namespace backward {
 template <int M16, int GRADIENT_COLUMNS, int BLOCK>
 DEV constexpr int chunk_columns() {
     const int gradient_registers = M16 * GRADIENT_COLUMNS / 2;
-    const int columns = (208 - gradient_registers) / M16 >= 64 ? 64 : (208 - gradient_registers) / M16 >= 32 ? 32 : 16;
+    const int columns = (191 - gradient_registers) / M16 >= 64 ? 64 : (191 - gradient_registers) / M16 >= 32 ? 32 : 16;
     return columns < BLOCK ? columns : BLOCK;
 }
 
@@ -79,6 +79,7 @@ DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row
     float factors[M16][2];
 #pragma unroll
     for (int m = 0; m < M16; ++m) factors[m][0] = factors[m][1] = factor;
+    __syncwarp();  // every lane has read its operands, which the gradient now overwrites
     accumulator_to_shared<typename C::Element, Tile>(smem, row, acc, factors);
     __syncwarp();
     store_rows<Tile, 16 * M16, C::VECTOR_ONLY>(gmem, smem, row, first_row);
