@@ -22,6 +22,7 @@ from cuflash import _cache, _compile
 from cuflash._device import Limits
 
 from .memory import Memory
+from .module import Limits as ModuleLimits
 from .module import Module
 from .nvrtc import Nvrtc
 
@@ -83,16 +84,16 @@ class EmulatedKernel:
     def __call__(self, grid: int, block: int, shared_memory: int, params: bytes) -> None:
         """Launch and wait; see `cuflash._device.Kernel`."""
         device = self._device
+        self._module.memory = device.memory  # modules are shared by the devices of a process
         counters = self._module.launch(
             self._spec.name,
-            (grid,),
-            (block,),
+            grid,
+            block,
             shared_memory,
             params,
             seed=device.seed,
-            memory=device.memory,
             counters=device.count,
-            max_shared_memory=device.limits.shared_memory,
+            limits=ModuleLimits(shared_memory=device.limits.shared_memory),
         )
         device.launches.append((self._spec.name, grid, counters))
 
