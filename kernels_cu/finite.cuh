@@ -11,7 +11,7 @@ template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
 DEV bool remove_non_finite(u32 smem, int first_row = 0) {
     bool found = false;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
+    for (int i = fresh_thread_id(); i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
         const u32 at = smem + Tile::offset(first_row + i / (Tile::COLUMNS / 8), i % (Tile::COLUMNS / 8) * 8);
         const uint4 chunk = ld_shared_v4(at);
         const uint4 clean = make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),
@@ -30,6 +30,7 @@ DEV bool remove_non_finite(u32 smem, int first_row = 0) {
 //   keep        (row, key) -> bool
 template <class Element, int M16, int N8, class Keep>
 DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys, int first_row, Keep keep) {
+    const int lane = fresh_thread_id() % 32;
 #pragma unroll 1
     for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
         const u16* row = source.base + key * source.stride;
@@ -38,12 +39,12 @@ DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Ran
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                sees[m][half] = keep(first_row + m * 16 + half * 8 + lane_id() / 4, key);
+                sees[m][half] = keep(first_row + m * 16 + half * 8 + lane / 4, key);
 #pragma unroll
         for (int n = 0; n < N8; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int column = n * 8 + lane_id() % 4 * 2 + e;
+                const int column = n * 8 + lane % 4 * 2 + e;
                 const u16 bits = column < source.columns ? ld_global_u16(row + column) : 0;
                 const float removed = is_finite<Element>(bits) ? 0.f : Element::to_float(bits);
 #pragma unroll

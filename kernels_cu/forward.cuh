@@ -159,14 +159,15 @@ DEV void add_probability_value_product(Accumulator<M16, O8>& o, const Accumulato
 // x[row, key] = f(x[row, key], row, key) for a warp's tile of scores.
 template <int M16, int N8, class Function>
 DEV void map_scores(Accumulator<M16, N8>& s, int first_row, int first_key, Function f) {
+    const int lane = fresh_thread_id() % 32;
 #pragma unroll
     for (int m = 0; m < M16; ++m)
 #pragma unroll
         for (int n = 0; n < N8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                s.x[m][n][e] = f(s.x[m][n][e], first_row + m * 16 + e / 2 * 8 + lane_id() / 4,
-                                 first_key + n * 8 + lane_id() % 4 * 2 + e % 2);
+                s.x[m][n][e] = f(s.x[m][n][e], first_row + m * 16 + e / 2 * 8 + lane / 4,
+                                 first_key + n * 8 + lane % 4 * 2 + e % 2);
 }
 
 // Flips the sign of every element of a tile; all threads, between barriers.
@@ -208,8 +209,8 @@ DEV void forward(const ForwardParams& p) {
     KeyValuePipeline<C> pipeline(k_gmem, v_gmem, smem, end_tile);
     q_loader.fetch(smem + L::Q, first_row);
     cp_async_commit();
-    q_loader.template land<0>(smem + L::Q);
     pipeline.start(first_tile);
+    q_loader.template land<KeyValuePipeline<C>::STARTED>(smem + L::Q);
     __syncthreads();
     float log2_per_score = 1.f;  // scores are already in log2 units
     if constexpr (C::Score::FOLDED) {
@@ -248,7 +249,8 @@ DEV void forward(const ForwardParams& p) {
     // Divide, write lse and out
     float inverse[L::M16][2], lse[L::M16][2];
     softmax.finish(inverse, lse);
-    float* lse_gmem = p.lse + ((i64)work.batch * shape.heads + work.head) * shape.len_q;
+    const Work again = decode(p.schedule, shape, shape.heads);
+    float* lse_gmem = p.lse + ((i64)again.batch * shape.heads + again.head) * shape.len_q;
 #pragma unroll
     for (int m = 0; m < L::M16; ++m)
 #pragma unroll
@@ -259,7 +261,8 @@ DEV void forward(const ForwardParams& p) {
     __syncwarp();  // every lane has read its Q, which the output now overwrites
     accumulator_to_shared<Element, typename L::OutTile>(smem + L::Q, warp_row - first_row, o, inverse);
     __syncwarp();
-    store_rows<typename L::OutTile, L::WARP_Q, C::VECTOR_ONLY>(
-        gmem(p.out, p.out_strides, work.head, shape.len_q, shape.head_dim_v, FLAG_OUT_VECTOR), smem + L::Q,
-        warp_row - first_row, first_row);
+    const GlobalRows out_gmem = head_rows(p.out, p.out_strides, again, again.head, shape.len_q, shape.head_dim_v,
+                                          shape.flags & FLAG_OUT_VECTOR);
+    store_rows<typename L::OutTile, L::WARP_Q, C::VECTOR_ONLY>(out_gmem, smem + L::Q, warp_row - first_row,
+                                                               again.tile * C::BLOCK_Q);
 }

@@ -44,7 +44,7 @@ struct Band {
     DEV_METHOD bool cuts(Range rows, Range keys) const { return keys.end > len_k || isolates(rows, keys); }
 
     DEV_METHOD bool keep(int row, int key) const {
-        return key >= row + low && key <= row + high && key < len_k;
+        return key >= row + low && key <= min(row + high, len_k - 1);
     }
 };
 

@@ -17,10 +17,15 @@ constexpr unsigned FULL_WARP = 0xffffffffu;
 
 DEV int lane_id() { return threadIdx.x % 32; }
 DEV int warp_id() { return threadIdx.x / 32; }
-// Opaque to the compiler, which therefore does not keep what follows from an earlier read.
-DEV unsigned block_id() {
+// Read anew at every call, so that what is computed from them is not kept in registers across a main loop.
+DEV unsigned fresh_block_id() {
     unsigned x;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
+DEV int fresh_thread_id() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
 DEV float neg_infinity() { return __int_as_float(0xff800000); }

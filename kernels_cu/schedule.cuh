@@ -12,8 +12,9 @@ struct Work {
 };
 
 // Section after section of `heads_per_section` heads; inside one, tile-major with the longest tile first. `heads` per batch entry.
+// A second call computes anew: cheaper than keeping its results in registers across a main loop.
 DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
-    const unsigned block = blockIdx.x, tiles = schedule.tiles;
+    const unsigned block = fresh_block_id(), tiles = schedule.tiles;
     const unsigned section_heads = schedule.heads_per_section, total = (unsigned)shape.batch * heads;
     const unsigned section = block / (section_heads * tiles);
     const unsigned first_head = section * section_heads, inside = block - first_head * tiles;

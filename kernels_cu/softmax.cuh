@@ -107,13 +107,11 @@ struct OnlineSoftmax {
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (!is_huge(offset[m][half])) continue;
-                offset[m][half] = 0.f;
+                const bool here = is_huge(offset[m][half]);
+                const float first = here ? reference[m][half] : 0.f;
+                offset[m][half] = here ? 0.f : offset[m][half];
 #pragma unroll
-                for (int n = 0; n < N8; ++n) {
-                    s.x[m][n][2 * half] -= reference[m][half];
-                    s.x[m][n][2 * half + 1] -= reference[m][half];
-                }
+                for (int n = 0; n < N8; ++n) s.x[m][n][2 * half] -= first, s.x[m][n][2 * half + 1] -= first;
             }
     }
 };

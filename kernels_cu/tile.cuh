@@ -117,28 +117,17 @@ struct TileLoader {
     static_assert(PASS_ROWS % 8 == 0, "the swizzle of a thread is the same in every pass");
 
     GlobalRows gmem;
-    int row, column;  // this thread's chunk in the first pass and slab
-    const u16* from;
     uint4 staged[HAS_ASYNC_COPY ? 1 : PASSES * Tile::SLABS];
 
-    DEV_METHOD explicit TileLoader(const GlobalRows& rows) : gmem(rows) {
-        row = threadIdx.x / Tile::CHUNKS;
-        column = threadIdx.x % Tile::CHUNKS * 8;
-        from = gmem.base + row * gmem.stride + column;
-    }
+    DEV_METHOD explicit TileLoader(const GlobalRows& rows) : gmem(rows) {}
 
     DEV_METHOD bool vector() const { return VECTOR_ONLY || gmem.vector; }
 
-    // On to an array that begins `elements` later, the next head for example.
-    DEV_METHOD void advance(i64 elements) {
-        gmem.base += elements;
-        from += elements;
-    }
-
     DEV_METHOD void fetch(u32 smem, int first_row) {
         if (!vector()) return gather(smem, first_row);
+        const int thread = fresh_thread_id(), row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
         const u32 to = smem + Tile::offset(row, column);
-        const u16* rows = from + first_row * gmem.stride;
+        const u16* from = gmem.base + (first_row + row) * gmem.stride + column;
         const int left = gmem.rows - first_row - row;  // how many rows there are from this thread's first
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass)
@@ -146,7 +135,7 @@ struct TileLoader {
             for (int slab = 0; slab < Tile::SLABS; ++slab) {
                 if (Tile::ROWS % PASS_ROWS != 0 && row + pass * PASS_ROWS >= Tile::ROWS) continue;
                 const bool exists = pass * PASS_ROWS < left && slab * Tile::SLAB + column < gmem.columns;
-                const u16* source = rows + pass * PASS_ROWS * gmem.stride + slab * Tile::SLAB;
+                const u16* source = from + pass * PASS_ROWS * gmem.stride + slab * Tile::SLAB;
                 if constexpr (HAS_ASYNC_COPY)
                     cp_async_16(to + pass * PASS_ROWS * Tile::ROW_BYTES + slab * Tile::SLAB_BYTES, source,
                                 exists ? 16 : 0);  // 0: the address is not used
@@ -159,6 +148,7 @@ struct TileLoader {
     DEV_METHOD void land(u32 smem) {
         cp_async_wait<PENDING>();
         if (HAS_ASYNC_COPY || !vector()) return;
+        const int thread = fresh_thread_id(), row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
         const u32 to = smem + Tile::offset(row, column);
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass)
@@ -172,7 +162,7 @@ struct TileLoader {
   private:
     DEV_METHOD void gather(u32 smem, int first_row) {
 #pragma unroll 1
-        for (int i = threadIdx.x; i < Tile::BYTES / 16; i += THREADS) {
+        for (int i = fresh_thread_id(); i < Tile::BYTES / 16; i += THREADS) {
             const int r = i / (Tile::COLUMNS / 8), c = i % (Tile::COLUMNS / 8) * 8;
             st_shared_v4(smem + Tile::offset(r, c), gather_chunk(gmem, first_row + r, c));
         }
