@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cuflash._attention import attention
 from cuflash._errors import CompileError, UnsupportedError
+from cuflash._explain import explain
 from cuflash._gradient import attention_backward, attention_vjp
 from cuflash._merge import merge_attention
 
@@ -20,5 +21,6 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_vjp",
+    "explain",
     "merge_attention",
 ]

@@ -8,6 +8,8 @@ is kept under a key made of both; a warm call adopts its arrays, makes the key, 
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -300,6 +302,10 @@ def prepare(
         seen_of(direction, arrays, values),
         on_device=device is not None,
     )
+    if os.environ.get("CUFLASH_EXPLAIN", "0") != "0":
+        from cuflash import _explain
+
+        print(_explain.account(problem, device), file=sys.stderr)
     view = Arrangement(arrays[names.index("q")].ndim, values[_OPTIONS.index("layout")])
     run: Callable[..., Any]
     if device is None:

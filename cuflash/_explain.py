@@ -1,0 +1,329 @@
+"""What a call would run, and why: the Problem, the refusals, the Plan, in print, without running anything."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cuflash import _prepare
+from cuflash._arrays import Meta, adopt
+from cuflash._device import Device
+from cuflash._errors import Seen
+from cuflash._order import axes_by_stride
+from cuflash._problem import Arrangement, Problem
+
+_ARRAYS = ("q", "k", "v", "alibi_slopes")
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The account of one call; print it.
+
+    Attributes
+    ----------
+    problem : Problem
+        What is asked.
+    device : str
+        Who would run it.
+    refusals : dict
+        Candidate name -> why it cannot; an empty list means that it can. The first such one runs.
+    plan : Plan or None
+        Launches and workspace; None on the CPU, when nothing needs to run, or when every candidate
+        refuses.
+    text : str
+        What is printed.
+    """
+
+    problem: Problem
+    device: str
+    refusals: Mapping[str, Sequence[str]]
+    plan: Any
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    __repr__ = __str__
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    backward: bool = False,
+    deterministic: bool = False,
+    wrt: Iterable[str] = ("q", "k", "v"),
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Any = None,
+    scale: float | None = None,
+    layout: str = "HLD",
+) -> Explanation:
+    """How a call of `attention` (or its gradient) with these arguments would run. Nothing is computed.
+
+    Shape letters as in `attention`. Setting the environment variable CUFLASH_EXPLAIN=1 prints the
+    same for every new kind of call, to the standard error stream.
+
+    Parameters
+    ----------
+    q : array (*B, H, Lq, D)
+        Queries.
+    k : array (*B, Hkv, Lk, D)
+        Keys.
+    v : array (*B, Hkv, Lk, Dv)
+        Values.
+    backward : bool
+        Explain the gradient instead.
+    deterministic, wrt
+        As in `attention_backward`; without meaning in forward.
+    causal, window, q_offset, softcap, alibi_slopes, scale, layout
+        As in `attention`.
+
+    Returns
+    -------
+    Explanation
+        Printable: the Problem, which candidates refuse it and why, the launches with tiles, grid,
+        shared memory, registers (once compiled) and the path of the generated source.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention`. A call without a kernel is explained, not refused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuflash
+    >>> q, k = np.zeros((8, 100, 64)), np.zeros((2, 300, 64))
+    >>> print(cuflash.explain(q, k, k, causal=True))
+    forward · float64 · 8 heads, 2 of k and v · 100 queries · 300 keys · head_dim 64
+      row i sees keys j <= i + 200
+      scale 0.125
+      q  (8, 100, 64) strides (51200, 512, 8) bytes
+      k  (2, 300, 64) strides (153600, 512, 8) bytes
+      v  (2, 300, 64) strides (153600, 512, 8) bytes
+    CPU backend (NumPy)
+      tiles of 64 queries x 4 heads by 300 keys, 2 heads of k and v at a time
+    """
+    objects = (q, k, v, alibi_slopes)
+    options = {
+        "causal": causal,
+        "window": window,
+        "q_offset": q_offset,
+        "scale": scale,
+        "softcap": softcap,
+        "layout": layout,
+        "deterministic": deterministic,
+        "wrt": wrt,
+    }
+    arrays, device = adopt(_ARRAYS, objects, 3, lambda: options)
+    seen = Seen(dict(zip(_ARRAYS, arrays, strict=True)), options)
+    metas = {
+        name: _prepare.meta_of(array, device is not None)
+        for name, array in zip(_ARRAYS, arrays, strict=True)
+        if array is not None
+    }
+    direction = "backward" if backward else "forward"
+    if backward:
+        metas = with_results(metas, layout, seen)
+    problem = Problem.of(direction, metas, options, seen, on_device=device is not None)
+    return account(problem, device)
+
+
+def with_results(metas: Mapping[str, Meta], layout: str, seen: Seen) -> dict[str, Meta]:
+    """Metadata that a backward call adds: dout and out dense in q's memory order, lse dense."""
+    options = {
+        **dict.fromkeys(("window", "q_offset", "scale", "softcap")),
+        "causal": False,
+        "layout": layout,
+    }
+    forward = Problem.of("forward", metas, options, seen)
+    view = Arrangement(len(metas["q"].shape), layout)
+    shape = (*forward.batch, forward.heads, forward.len_q, forward.head_dim_v)
+    order = axes_by_stride(_Axes(view.standard_meta(metas["q"])))
+    out = dense(shape, order, metas["q"].dtype)
+    if view.rank == 2:
+        out = out._replace(shape=out.shape[1:], strides=out.strides[1:])
+    elif view.swaps:
+        out = out.swapped(-3, -2)
+    from cuflash import _dtypes
+
+    rows = view.shape(shape[:-1], rows=True)
+    lse = dense(rows, list(range(len(rows))), _dtypes.BY_NAME[forward.dtype].lse)
+    return {**metas, "dout": out, "out": out, "lse": lse}
+
+
+class _Axes:
+    """Metadata in the clothes of an array."""
+
+    def __init__(self, meta: Meta) -> None:
+        self.shape, self.strides, self.ndim = meta.shape, meta.strides, len(meta.shape)
+
+
+def dense(shape: tuple[int, ...], order: Sequence[int], dtype: Any) -> Meta:
+    """Metadata of a dense array whose axes lie in memory in `order`."""
+    strides, step = [0] * len(shape), dtype.itemsize
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(1, shape[axis])
+    return Meta(shape, tuple(strides), dtype)
+
+
+# ---- the account
+
+
+def account(problem: Problem, device: Device | None) -> Explanation:
+    """Explain a checked call."""
+    lines = list(_describe(problem))
+    if device is None:
+        lines += ["CPU backend (NumPy)", *_cpu(problem)]
+        return Explanation(problem, "CPU backend (NumPy)", {}, None, "\n".join(lines))
+    from cuflash import _plan
+
+    name = f"{device.name} ({device.arch})"
+    reasons = _plan.refusals(problem, device.arch)
+    lines.append(name)
+    chosen = next((candidate for candidate, why in reasons.items() if not why), None)
+    for candidate, why in reasons.items():
+        verdict = "runs it" if candidate == chosen else "could run it, but comes later"
+        lines += [f"  {candidate:<10} {text}" for text in why or [verdict]]
+    plan = None
+    if _is_empty(problem):
+        lines.append("  nothing to launch: an extent is 0")
+    elif chosen is not None:
+        plan = _plan.plan(problem, device)
+        lines += _launches(plan)
+    else:
+        lines += _plan.describe_refusals(problem, device.arch).splitlines()[-1:]
+    return Explanation(problem, name, reasons, plan, "\n".join(lines))
+
+
+def _is_empty(problem: Problem) -> bool:
+    return 0 in (*problem.batch, problem.heads, problem.len_q, problem.len_k)
+
+
+def _describe(problem: Problem) -> Iterator[str]:
+    p = problem
+    dims = f"head_dim {p.head_dim}" + (
+        "" if p.head_dim_v == p.head_dim else f", {p.head_dim_v} of v"
+    )
+    heads = f"{p.heads} heads" + ("" if p.heads_kv == p.heads else f", {p.heads_kv} of k and v")
+    batch = [f"batch {' x '.join(map(str, p.batch))}"] if p.batch else []
+    words = [p.direction, p.dtype, *batch, heads, f"{p.len_q} queries", f"{p.len_k} keys", dims]
+    yield " · ".join(words)
+    yield f"  {_band(p)}"
+    options = [f"scale {p.scale:g}"]
+    options += [f"softcap {p.softcap:g}"] if p.softcap is not None else []
+    options += ["ALiBi"] if p.alibi else []
+    if p.direction == "backward":
+        options += [f"gradients of {', '.join(p.wrt) or 'nothing'}"]
+        options += ["deterministic"] if p.deterministic else []
+    yield "  " + ", ".join(options)
+    for name, operand in p.operands:
+        yield f"  {name}  {operand.shape} strides {operand.strides} bytes"
+
+
+def _band(p: Problem) -> str:
+    """The mask in words."""
+
+    def at(shift: int) -> str:
+        return "i" if shift == 0 else f"i {'+' if shift > 0 else '-'} {abs(shift)}"
+
+    low = None if p.left is None else at(p.q_offset - p.left)
+    high = None if p.right is None else at(p.q_offset + p.right)
+    if low is None and high is None:
+        return "every row sees every key"
+    if low is None:
+        return f"row i sees keys j <= {high}"
+    if high is None:
+        return f"row i sees keys j >= {low}"
+    return f"row i sees keys {low} <= j <= {high}"
+
+
+def _cpu(problem: Problem) -> Iterator[str]:
+    from cuflash._cpu_tiles import Shape, Tiling
+
+    if _is_empty(problem):
+        yield "  nothing to compute: an extent is 0"
+        return
+    group = problem.heads // problem.heads_kv
+    shape = Shape(
+        problem.batch,
+        problem.heads_kv,
+        group,
+        problem.len_q,
+        problem.len_k,
+        problem.head_dim,
+        problem.head_dim_v,
+    )
+    tiling = Tiling.of(shape)
+    heads = min(tiling.heads, problem.heads_kv)
+    stacked = f" x {group} heads" if group > 1 else ""
+    yield (
+        f"  tiles of {tiling.rows} queries{stacked} by {tiling.keys} keys, "
+        f"{heads} heads of k and v at a time"
+    )
+
+
+def _launches(plan: Any) -> Iterator[str]:
+    total = 0
+    for launch in plan.launches:
+        spec = launch.spec
+        yield f"  launch {spec.name}"
+        words = [f"grid {launch.grid}", f"block {launch.block}"]
+        words.append(f"shared memory {launch.shared_memory} bytes")
+        registers, path = _binary(spec)
+        words.append("not compiled yet" if registers is None else f"{registers} registers")
+        yield "    " + ", ".join(words)
+        yield "    " + ", ".join(f"{name} {value}" for name, value in spec.constants)
+        yield f"    source {path}"
+    for scratch in plan.scratch:
+        size = struct.calcsize({"float32": "f"}[scratch.dtype])
+        for extent in scratch.shape:
+            size *= extent
+        total += size
+        yield f"  workspace {scratch.name} {scratch.shape} {scratch.dtype}"
+    if total:
+        yield f"  workspace in all {total} bytes"
+
+
+def _binary(spec: Any) -> tuple[int | None, Any]:
+    """Registers of a kernel if its cubin is in the cache, and the path of its source."""
+    from cuflash import _cache, _compile
+
+    try:
+        path = _compile.source_path(spec)
+    except ImportError:
+        return None, "in memory (no NVRTC here)"
+    name, _, digest = path.stem.rpartition("-")
+    cubin = _cache.read(name, digest)
+    return (None if cubin is None else registers_of(cubin)), path
+
+
+# In the section ".nv.info", an entry with this attribute holds (symbol, registers per thread).
+_REGISTER_COUNT = 0x2F
+_SIZED_VALUE = 4  # the only entry format with a payload of a stated size; others are 4 bytes in all
+
+
+def registers_of(cubin: bytes) -> int | None:
+    """Registers per thread of the one kernel in a cubin; None when its notes cannot be read."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    (strings,) = struct.unpack_from("<Q", cubin, table + names * size + 24)
+    for section in range(table, table + count * size, size):
+        start = strings + struct.unpack_from("<I", cubin, section)[0]
+        if cubin[start : cubin.index(b"\0", start)] != b".nv.info":
+            continue
+        at, length = struct.unpack_from("<QQ", cubin, section + 24)
+        end = at + length
+        while at + 4 <= end:
+            form, attribute, payload = struct.unpack_from("<BBH", cubin, at)
+            if attribute == _REGISTER_COUNT and form == _SIZED_VALUE:
+                return struct.unpack_from("<I", cubin, at + 8)[0]
+            at += 4 + (payload if form == _SIZED_VALUE else 0)
+    return None
