@@ -123,6 +123,9 @@ struct TileLoader {
 
     DEV_METHOD bool vector() const { return VECTOR_ONLY || gmem.vector; }
 
+    // On to an array that begins `elements` later, the next head for example.
+    DEV_METHOD void advance(i64 elements) { gmem.base += elements; }
+
     DEV_METHOD void fetch(u32 smem, int first_row) {
         if (!vector()) return gather(smem, first_row);
         const int thread = fresh_thread_id(), row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
