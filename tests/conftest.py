@@ -15,6 +15,11 @@ from tests.machines import Cupy, Emulator, Machine, Numpy
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="also run on the CUDA device, through CuPy")
+    parser.addoption(
+        "--record-goldens",
+        action="store_true",
+        help="with --gpu: keep what the device computes for each instruction form under tests/golden",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

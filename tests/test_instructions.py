@@ -1,18 +1,30 @@
-"""Every instruction form the kernels use computes what the PTX manual says, in the emulator and (with --gpu) on hardware."""
+"""Every instruction form the kernels use computes what the PTX manual says: in the emulator, and with --gpu on hardware.
+
+References are NumPy, written from the manual's tables. With `--gpu --record-goldens` the outputs of the device are kept under
+tests/golden, and from then on every machine compares with those, too.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+
+from tests.emulator.nvrtc import Nvrtc
 from tests.instructions import golden
 from tests.instructions.catalogue import BY_NAME, FORMS
-from tests.instructions.form import Case, Form, blank, mismatch
-from tests.instructions.launch import EmulatorRunner, GpuRunner
+from tests.instructions.form import Case, blank, mismatch, unit_source
+from tests.instructions.launch import OPTIONS, EmulatorRunner, GpuRunner, architecture
+
+GROUPS = sorted({form.group for form in FORMS})
+_EMULATOR = pytest.param(EmulatorRunner, id="emulator")
+_GPU = pytest.param(GpuRunner, id="gpu", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[_EMULATOR, _GPU])
 def runner(request: pytest.FixtureRequest) -> EmulatorRunner | GpuRunner:
-    return GpuRunner(FORMS) if request.config.getoption("--gpu") else EmulatorRunner(FORMS)
+    return request.param(FORMS)
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -20,14 +32,13 @@ def test_form(
     name: str, runner: EmulatorRunner | GpuRunner, request: pytest.FixtureRequest
 ) -> None:
     form = BY_NAME[name]
-    on_gpu = isinstance(runner, GpuRunner)
-    if on_gpu and not runner.supports(form):
+    if not runner.supports(form):
         pytest.skip(f"this GPU is not {form.group}")
     case = form.case()
     outputs = runner.run(form, case)
     compare_with_reference(case, outputs)
-    if on_gpu and request.config.getoption("--record-goldens"):
-        golden.record(form, case, outputs, _device_name())
+    if runner.device and request.config.getoption("--record-goldens"):
+        golden.record(form, case, outputs, runner.device)
     why = golden.compare(form, case, outputs)
     assert why is None, why
 
@@ -40,15 +51,18 @@ def compare_with_reference(case: Case, outputs: list[np.ndarray]) -> None:
         assert why is None, f"output {i}: {why}"
 
 
-def _device_name() -> str:
-    import cupy
-
-    return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+@pytest.mark.parametrize("group", GROUPS)
+def test_ptxas_accepts_every_form(group: str) -> None:
+    """The emulator must not accept what the assembler of a real device refuses."""
+    compiler = Nvrtc()
+    source = unit_source([f for f in FORMS if f.group == group])
+    assert compiler.cubin(source, f"sm_{architecture(group)}", OPTIONS)
+    assert "serializ" not in compiler.log
 
 
 # ---------------------------------------------------------------------------------------- the suite's own machinery
 @pytest.mark.parametrize("name", ["mma_m16n8k16_f32_f16_f16_f32", "bulk_store"])
-def test_golden_files_are_recorded_and_compared(name: str, tmp_path) -> None:
+def test_golden_files_are_recorded_and_compared(name: str, tmp_path: Path) -> None:
     form = BY_NAME[name]
     case = form.case()
     outputs = [np.ascontiguousarray(e) for e in case.expected]
@@ -81,8 +95,3 @@ def test_mismatch_sees_one_bit_a_nan_and_a_tolerance() -> None:
 def test_unwritten_output_is_seen() -> None:
     output = blank(4, np.float32)
     assert np.isnan(output.initial).all()
-
-
-def test_every_form_is_compiled_in_a_known_group() -> None:
-    assert {f.group for f in FORMS} == {"sm_75", "sm_80", "sm_90a", "sm_90a_wgmma"}
-    assert all(isinstance(f, Form) for f in FORMS)

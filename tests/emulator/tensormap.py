@@ -19,7 +19,7 @@ ELEMENTS = {
 LAYOUT = np.dtype(
     [
         ("magic", "u8"), ("base", "u8"), ("dim", "u8", 5), ("stride", "u8", 4), ("box", "u2", 5),
-        ("rank", "u1"), ("element_bytes", "u1"), ("type", "u1"), ("swizzle", "u1"), ("fill_nan", "u1"), ("reserved", "u1", 21),
+        ("rank", "u1"), ("element_bytes", "u1"), ("type", "u1"), ("swizzle", "u1"), ("fill_nan", "u1"), ("reserved", "u1", 25),
     ]
 )  # fmt: skip
 assert LAYOUT.itemsize == 128

@@ -26,6 +26,11 @@ def architecture(group: str) -> str:
 class Runner(Protocol):
     """Anything that can launch a form."""
 
+    device: str  # name of the hardware, empty for the emulator
+
+    def supports(self, form: Form) -> bool:
+        """True when the form's architecture runs here."""
+
     def run(self, form: Form, case: Case) -> list[np.ndarray]:
         """Launch once; returns the outputs in argument order."""
 
@@ -58,10 +63,15 @@ def arguments(
 class EmulatorRunner:
     """Launches in the emulator; `seed` chooses the schedule."""
 
+    device = ""
+
     def __init__(self, forms: Sequence[Form], seed: int = 0) -> None:
         self._forms = forms
         self._modules: dict[str, Any] = {}
         self.seed = seed
+
+    def supports(self, form: Form) -> bool:
+        return True
 
     def module(self, group: str) -> Any:
         """The translated group."""
@@ -75,25 +85,17 @@ class EmulatorRunner:
         return self._modules[group]
 
     def run(self, form: Form, case: Case) -> list[np.ndarray]:
-        from tests.emulator.memory import Memory
         from tests.emulator.tensormap import tensor_map
 
-        memory = Memory()
-
-        def place(array: np.ndarray) -> np.ndarray:
-            copy = memory.empty(array.shape, array.dtype)
-            copy[...] = array
-            return copy
+        module = self.module(form.group)
 
         def encode(m: MapOf, buffer: np.ndarray) -> np.void:
             return tensor_map(
                 buffer.ctypes.data, m.kind, m.dims, m.strides, m.box, swizzle=m.swizzle
             )
 
-        values, outputs = arguments(case, place, encode)
-        self.module(form.group).launch(
-            form.name, 1, form.block, form.shared, values, memory=memory, seed=self.seed
-        )
+        values, outputs = arguments(case, module.memory.copy, encode)
+        module.launch(form.name, 1, form.block, form.shared, values, seed=self.seed)
         return outputs
 
 
@@ -101,6 +103,9 @@ class GpuRunner:
     """Launches on the current CUDA device through CuPy, from a cubin that NVRTC makes for exactly that architecture."""
 
     def __init__(self, forms: Sequence[Form]) -> None:
+        import cupy
+
+        self.device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
         self._forms = forms
         self._modules: dict[str, Any] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="cuflash-instructions-")

@@ -130,7 +130,13 @@ VOTES = [
         lambda v: np.array([_mask(v == x) for x in v], np.uint32),
         _few,
     ),
-    _warp_op("activemask", "sm_75", "activemask.b32 %0;", lambda v: _all(0xFFFFFFFF), _bits),
+    _warp_op(
+        "activemask",
+        "sm_75",
+        "activemask.b32 %0; bar.warp.sync 0xffffffff;",
+        lambda v: _all(0xFFFFFFFF),
+        _bits,
+    ),
     _warp_op(
         "redux_add",
         "sm_80",

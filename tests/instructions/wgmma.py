@@ -157,7 +157,7 @@ class Product:
         if self.a is None:
             a_text, a_in, used = operands("%{}", 4, regs), constraints("r", "x", 4), 4
             transposes = "" if self.kind == "tf32" else f", {int(self.b.mn_major)}"
-            load_a = f"u32 x[4]; for (int i = 0; i < 4; ++i) x[i] = ((const u32*)a)[(step * 128 + thread) * 4 + i];"
+            load_a = "u32 x[4]; for (int i = 0; i < 4; ++i) x[i] = ((const u32*)a)[(step * 128 + thread) * 4 + i];"
         else:
             a_text, a_in, used, load_a = (
                 f"%{regs}",
@@ -172,6 +172,7 @@ class Product:
             f"{{ .reg .pred p; setp.ne.u32 p, %{regs + used + 1}, 0;\\n{ptx} {operands('%{}', regs)}, {a_text}, "
             f"%{regs + used}, p, {self.sign_a}, {self.sign_b}{transposes}; }}"
         )
+        # Registers of A must live until the wait, so those steps are unrolled; the others share one instruction.
         copy_a = f"for (u32 i = thread; i < {a_bytes} / 16; i += 128) ((uint4*)smem)[i] = ((const uint4*)a)[i];"
         body = f"""
     {copy_a if a_bytes else ""}
@@ -180,7 +181,7 @@ class Product:
     __syncthreads();
     {d_type} d[{regs}];
     for (int i = 0; i < {regs}; ++i) d[i] = c[thread * {regs} + i];
-#pragma unroll 1
+#pragma unroll {1 if self.a is not None else STEPS}
     for (u32 step = 0; step < {STEPS}; ++step) {{
         {load_a}
         const u64 db = descriptor(smem + {b_at}, fields[1], steps[{STEPS} + step]);

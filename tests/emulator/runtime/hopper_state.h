@@ -21,7 +21,7 @@ struct TensorMap {
   u64 dim[5];      // elements, innermost first
   u64 stride[4];   // bytes, of dim 1, 2, ...
   u16 box[5];
-  u8 rank, element_bytes, type, swizzle, fill_nan, reserved[21];
+  u8 rank, element_bytes, type, swizzle, fill_nan, reserved[25];
 };
 static_assert(sizeof(TensorMap) == 128);
 
