@@ -82,11 +82,12 @@ class Tiling:
 
     @classmethod
     def of(cls, shape: Shape) -> Tiling:
-        rows = min(shape.len_q, max(1, -(-TILE_ROWS // shape.group)))
+        # At least one of everything: empty calls have no tiles, but nothing may divide by zero.
+        rows = max(1, min(shape.len_q, -(-TILE_ROWS // shape.group)))
         stacked = rows * shape.group
-        keys = min(shape.len_k, TILE_KEYS)
-        heads = TILE_ELEMENTS // (stacked * keys + (stacked + keys) * (shape.dim + shape.dim_v))
-        return cls(rows, keys, max(1, heads))
+        keys = max(1, min(shape.len_k, TILE_KEYS))
+        step = stacked * keys + (stacked + keys) * (shape.dim + shape.dim_v)
+        return cls(rows, keys, max(1, TILE_ELEMENTS // step))
 
 
 def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:

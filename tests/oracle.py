@@ -273,7 +273,7 @@ def low_precision(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     seen = visible(q.shape[-2], k.shape[-2], **options)
     far = distance(q.shape[-2], k.shape[-2], options.get("q_offset"))
-    group = q.shape[-3] // k.shape[-3]
+    group = max(1, q.shape[-3] // max(1, k.shape[-3]))
     q, k, v = (finite_part(x).astype(wide) for x in (q, k, v))
     kk, vv = (
         np.broadcast_to(np.repeat(x, group, axis=-3), (*q.shape[:-2], *x.shape[-2:]))
