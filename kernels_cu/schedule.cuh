@@ -42,9 +42,9 @@ DEV i64 head_offset(const Work& work, const Strides& strides, int head) {
     return offset;
 }
 
-// [rows, columns] of one head of a 16-bit array; `flag` says whether its rows are 16-byte aligned.
+// [rows, columns] of one head of a 16-bit array; `vector`: its rows start on 16-byte boundaries.
 DEV GlobalRows head_rows(const void* array, const Strides& strides, const Work& work, int head, int rows, int columns,
                          bool vector) {
     u16* base = (u16*)array + head_offset(work, strides, head);
-    return {base, strides.row, rows, columns, vector};
+    return {base, strides.row, rows, columns, vector && columns % 8 == 0};
 }
