@@ -11,6 +11,8 @@ from cuflash._errors import CompileError, UnsupportedError
 from cuflash._explain import explain
 from cuflash._gradient import attention_backward, attention_vjp
 from cuflash._merge import merge_attention
+from cuflash._system import show_config
+from cuflash._warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -23,4 +25,6 @@ __all__ = [
     "attention_vjp",
     "explain",
     "merge_attention",
+    "show_config",
+    "warmup",
 ]

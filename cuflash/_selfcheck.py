@@ -87,10 +87,10 @@ class Row:
         if self.seconds is None or self.tflops is None or self.memory is None:
             measured = f"{'does not fit into memory':>38}"
         else:
-            measured = f"{self.seconds * 1e3:9.1f} ms {self.tflops:9.3f} TFLOP/s {self.memory / 1e6:7.0f} MB"
-        return (
-            f"  {self.direction:<9} {self.method:<8} {measured}   error {self.error:.1e}  {self.verdict}"
-        ).rstrip()
+            measured = f"{self.seconds * 1e3:9.1f} ms {self.tflops:9.3f} TFLOP/s"
+            measured += f" {self.memory / 1e6:7.0f} MB"
+        names = f"{self.direction:<9} {self.method:<8}"
+        return f"  {names} {measured}   error {self.error:.1e}  {self.verdict}".rstrip()
 
 
 def cases(quick: bool) -> list[Case]:

@@ -87,7 +87,7 @@ class Config:
         devices = [
             (
                 "device",
-                f"{g.name}, capability {g.capability}, {g.memory / 2**30:.0f} GiB (cuda:{g.ordinal})",
+                f"{g.name}, capability {g.capability}, {g.memory / 2**30:.0f} GiB",
             )
             for g in self.gpus
         ] or [("device", f"no GPU: {self.no_gpu}")]

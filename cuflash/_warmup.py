@@ -1,0 +1,211 @@
+"""Compile ahead, so that no call of a server or of the first training step waits for NVRTC.
+
+A kernel depends on head dims, dtype, options and GPU, never on lengths; warming one shape therefore
+warms all lengths, batch sizes and head counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cuflash import _cache, _compile, _explain
+from cuflash._arrays import Meta
+from cuflash._device import Limits, device_override
+from cuflash._errors import Seen
+from cuflash._problem import Problem
+from cuflash._system import cupy_or_reason
+
+Shape = tuple[int, ...]
+
+# Without the device its figures are unknown. They decide the order of blocks, not the kernels.
+_ANY_LIMITS = Limits(sm_count=1, shared_memory=48 * 1024, l2_bytes=1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What `warmup` did; prints as a sentence.
+
+    Attributes
+    ----------
+    arch : str or None
+        Architecture compiled for; None when there was none to compile for.
+    kernels : tuple of (str, float)
+        Names of the kernels now ready, and the seconds each one took (milliseconds when it was in
+        the cache).
+    note : str
+        Where they are kept, or why nothing was compiled.
+    """
+
+    arch: str | None
+    kernels: tuple[tuple[str, float], ...]
+    note: str
+
+    def __str__(self) -> str:
+        if self.arch is None:
+            return self.note
+        seconds = sum(seconds for _, seconds in self.kernels)
+        count = f"{len(self.kernels)} kernel{'s' * (len(self.kernels) != 1)}"
+        return f"{count} for {self.arch} ready in {seconds:.2f} s; {self.note}"
+
+
+def warmup(
+    shapes: Iterable[tuple[Shape, Shape, Shape]],
+    *,
+    dtype: Any = "float16",
+    backward: bool = True,
+    deterministic: bool = False,
+    wrt: Iterable[str] = ("q", "k", "v"),
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_offset: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: bool = False,
+    scale: float | None = None,
+    layout: str = "HLD",
+    arch: str | None = None,
+    progress: bool = True,
+) -> Warmed:
+    """Compile the kernels of these calls now and keep them in the cache directory.
+
+    Parameters
+    ----------
+    shapes : iterable of (q_shape, k_shape, v_shape)
+        As the arrays will have them, C-ordered. Lengths, batch and head counts make no difference
+        to which kernels are built.
+    dtype : dtype, name, or sequence of them
+        Of the arrays.
+    backward : bool
+        Also the kernels of the gradient.
+    deterministic, wrt
+        As in `attention_backward`.
+    causal, window, q_offset, softcap, scale, layout
+        As in `attention`. causal, window and q_offset need no kernels of their own.
+    alibi_slopes : bool
+        Whether calls will pass slopes.
+    arch : str, optional
+        Architecture such as "sm_80" or "sm_90a", to fill a cache for another machine; needs CuPy
+        for its NVRTC, and no GPU. Default: that of the current GPU, whose kernels are also loaded.
+    progress : bool
+        Show a progress bar on standard error.
+
+    Returns
+    -------
+    Warmed
+        Names of the kernels and the time each took. On a machine without a GPU, and without
+        `arch`, nothing is compiled (NumPy arrays need no kernels) and its `note` says so.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Shapes or options that `attention` would refuse.
+    UnsupportedError, CompileError
+        As `attention`.
+
+    See Also
+    --------
+    explain : Which kernels one call runs.
+
+    Examples
+    --------
+    >>> import cuflash
+    >>> q, kv = (1, 32, 4096, 128), (1, 8, 4096, 128)
+    >>> print(cuflash.warmup([(q, kv, kv)], dtype="bfloat16", arch="sm_90a"))  # doctest: +SKIP
+    4 kernels for sm_90a ready in 2.10 s; kept in /home/me/.cache/cuflash
+    """
+    options = {
+        "causal": causal,
+        "window": window,
+        "q_offset": q_offset,
+        "scale": scale,
+        "softcap": softcap,
+        "layout": layout,
+        "deterministic": deterministic,
+        "wrt": tuple(wrt)
+        + (("alibi_slopes",) if alibi_slopes and "alibi_slopes" not in wrt else ()),
+    }
+    problems = [
+        problem
+        for triple in shapes
+        for kind in _dtypes_of(dtype)
+        for problem in _problems(triple, kind, alibi_slopes, backward, options)
+    ]
+    device = None
+    if arch is None:
+        device = _current_device()
+        if device is None:
+            note = f"nothing to compile: {cupy_or_reason()[1]}; NumPy arrays need no kernels"
+            return Warmed(None, (), note)
+        arch = device.arch
+    from tqdm import tqdm
+
+    specs = _specializations(problems, arch, device.limits if device else _ANY_LIMITS)
+    build = device.load if device else _compile.build
+    kernels = []
+    with tqdm(specs, unit="kernel", leave=False, disable=not progress) as bar:
+        for spec in bar:
+            bar.set_description(spec.name)
+            start = time.perf_counter()
+            build(spec)
+            kernels.append((spec.name, time.perf_counter() - start))
+    return Warmed(arch, tuple(kernels), f"kept in {_cache.directory()}")
+
+
+def _dtypes_of(dtype: Any) -> list[np.dtype]:
+    """One dtype or several, names of ml_dtypes included (importing it registers "bfloat16")."""
+    several = isinstance(dtype, Sequence) and not isinstance(dtype, str)
+    return [np.dtype(one) for one in (dtype if several else [dtype])]
+
+
+def _problems(
+    shapes: tuple[Shape, Shape, Shape],
+    dtype: np.dtype,
+    slopes: bool,
+    backward: bool,
+    options: dict[str, Any],
+) -> list[Problem]:
+    """The checked calls on C-ordered arrays of these shapes."""
+    metas = {
+        name: _explain.dense(tuple(shape), range(len(shape)), dtype)
+        for name, shape in zip("qkv", shapes, strict=True)
+    }
+    if slopes:
+        q = metas["q"].shape
+        heads = () if len(q) < 3 else (q[-2 if options["layout"] == "LHD" else -3],)
+        metas["alibi_slopes"] = Meta(heads, (4,) * len(heads), np.dtype(np.float32))
+    seen = Seen(metas, options)
+    problems = [Problem.of("forward", metas, options, seen, on_device=True)]
+    if backward:
+        metas = _explain.with_results(metas, options["layout"], seen)
+        problems.append(Problem.of("backward", metas, options, seen, on_device=True))
+    return problems
+
+
+def _specializations(
+    problems: Iterable[Problem], arch: str, limits: Limits
+) -> list[_compile.Specialization]:
+    """Every kernel of the calls' plans, once."""
+    from cuflash import _plan
+
+    found: dict[_compile.Specialization, None] = {}
+    for problem in problems:
+        for launch in _plan._plan(problem, arch, limits).launches:
+            found[launch.spec] = None
+    return list(found)
+
+
+def _current_device() -> Any:
+    """The device new CuPy arrays would be on (or the one tests chose); None without a GPU."""
+    chosen = device_override()
+    if chosen is not None:
+        return chosen
+    cupy, _ = cupy_or_reason()
+    if cupy is None:
+        return None
+    from cuflash import _cupy_device
+
+    return _cupy_device.device(cupy.cuda.runtime.getDevice())
