@@ -174,6 +174,7 @@ class Emitter:
         self.lines: list[str] = []
         self.local_bytes = 0
         self._names = 0
+        self._passed: set[str] = set()  # C labels that already stand in the code: a branch there is a backward branch
         self._now: Instruction | None = None
         self._site: int | None = None
 
@@ -194,7 +195,7 @@ class Emitter:
     def count(self) -> None:
         """Count one lane's execution of the current instruction (grouped into warp instructions by the runtime)."""
         self.site()
-        self.line("if (emu::counting) emu::count_lane(t);")
+        self.line("emu::count_lane(t);")
 
     def fail(self, why: str) -> Unsupported:
         """An exception that names the current instruction (`raise e.fail("...")`)."""
@@ -260,6 +261,13 @@ class Emitter:
         if operand.offset:
             text = f"({text} + ({width}){operand.offset}ll)" if operand.offset < 0 else f"({text} + {operand.offset}u)"
         return text
+
+    def jump(self, label: str) -> None:
+        """Go to a C label. A backward branch may be an endless loop, so from time to time others must get their turn."""
+        if label in self._passed:
+            self.site()
+            self.line("if (!--t.fuel) emu::refuel(t);")
+        self.line(f"goto {label};")
 
     def label(self, operand: Operand) -> str:
         """C label of a branch target."""
@@ -340,6 +348,7 @@ class Emitter:
         if isinstance(s, Instruction):
             self._instruction(s)
         elif isinstance(s, Label):
+            self._passed.add(scope.labels[s.name])
             self.lines.append(f"  {scope.labels[s.name]}:;")
         elif isinstance(s, Registers):
             self._declare_registers(s)

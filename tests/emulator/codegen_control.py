@@ -9,7 +9,7 @@ from .ptx import Group, Instruction, Name
 @emits("bra")
 def bra(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("uni")
-    e.line(f"goto {e.label(i.operands[0])};")
+    e.jump(e.label(i.operands[0]))
 
 
 @emits("brx")

@@ -258,8 +258,9 @@ def testp(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 # Functions of one float. `.approx` is computed with the C library, which is at least as accurate as the hardware's units.
 _UNARY = {
-    "rcp": "{one} / {a}", "sqrt": "std::sqrt({a})", "rsqrt": "{one} / std::sqrt({a})", "sin": "std::sin({a})",
-    "cos": "std::cos({a})", "lg2": "std::log2({a})", "ex2": "std::exp2({a})", "tanh": "std::tanh({a})",
+    "rcp": "{one} / {a}", "sqrt": "emu::math_sqrt({a})", "rsqrt": "{one} / emu::math_sqrt({a})",
+    "sin": "__builtin_sinf({a})", "cos": "__builtin_cosf({a})", "lg2": "__builtin_log2f({a})",
+    "ex2": "__builtin_exp2f({a})", "tanh": "__builtin_tanhf({a})",
 }  # fmt: skip
 
 

@@ -63,6 +63,8 @@ DEVICE void load_tile(u32 tile, const u16* from, int first_row, int rows) {
     const bool inside = first_row + row < rows;
 #ifdef PLANT_GLOBAL_OVERRUN
     copy_async(tile + place(row, chunk), from + (long long)(first_row + row) * DIM + chunk * 8, 16);
+#elif defined(PLANT_NO_ZERO_FILL)
+    if (inside) copy_async(tile + place(row, chunk), from + (long long)(first_row + row) * DIM + chunk * 8, 16);
 #else
     copy_async(tile + place(row, chunk), from + (inside ? (long long)(first_row + row) * DIM + chunk * 8 : 0), inside ? 16 : 0);
 #endif
@@ -185,9 +187,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const __grid_con
       const int to = in_tile == 63 ? 5 * 64 : in_tile;  // the first row after the 40 KiB of the launch
 #else
       const int to = in_tile;
-#endif
-#ifdef PLANT_UNINITIALISED
-      if (in_tile == 5) continue;
 #endif
       *(u32*)(smem + place(to, j) + 4 * t) = pack(o[j][2 * r] * inverse, o[j][2 * r + 1] * inverse);
     }

@@ -3,8 +3,8 @@
 // A CUDA thread is a fiber: `Thread` is what its code sees. Generated kernels receive `Thread& t`, set `t.site` (the index
 // of the static PTX instruction) before every call into the runtime, and the runtime reports errors by that site's CUDA line.
 // One launch runs at a time, on one host thread, so the runtime's state is plain globals.
+// Kernels include this file: no <cmath> here or in other headers, it alone would cost a quarter of a kernel's compilation.
 #pragma once
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -99,6 +99,8 @@ enum Error : int {
 };
 // End the launch with a message; CUDA line, block and thread of the running fiber are appended. Never returns.
 [[noreturn]] void fail(Error kind, const char* format, ...) __attribute__((format(printf, 2, 3)));
+// The same on behalf of another thread (a leader's check of one lane's address).
+[[noreturn]] void fail_for(const Thread& t, Error kind, const char* format, ...) __attribute__((format(printf, 3, 4)));
 const char* where(u32 site);  // "fa_fwd.cu:51 (from line 88), ld.shared.u32", in one of a few static buffers
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------

@@ -119,17 +119,23 @@ void end_launch() {
   switch_to(static_cast<Fiber*>(current), nullptr);
   abort();
 }
-void fail(Error kind, const char* format, ...) {
+[[noreturn]] static void fail_with(const Fiber& f, Error kind, const char* format, va_list arguments) {
   char text[4000], full[6000];
-  va_list arguments;
-  va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  Fiber& f = *static_cast<Fiber*>(current);
   snprintf(full, sizeof full, "%s\n  at %s\n  by %s", text, where(f.site), thread_name(f.slot));
   set_error(kind, f.site, full);
   end_launch();
   abort();
+}
+void fail(Error kind, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fail_with(*static_cast<Fiber*>(current), kind, format, arguments);
+}
+void fail_for(const Thread& t, Error kind, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  fail_with(static_cast<const Fiber&>(t), kind, format, arguments);
 }
 
 // ---- scheduler ----------------------------------------------------------------------------------------------------------

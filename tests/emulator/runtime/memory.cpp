@@ -25,7 +25,7 @@ const u64* find_range(Thread& t, u64 address, u32* index) {
   if (!low || address >= r.ranges[3 * (low - 1) + 1]) return nullptr;
   return *index = last = (u32)(low - 1), r.ranges + 3 * last;
 }
-[[noreturn]] void outside(u64 address, u32 bytes, bool write) {
+[[noreturn]] void outside(Thread& t, u64 address, u32 bytes, bool write) {
   const Request& r = *request;
   u64 best = 0, distance = ~0ull;
   bool after = false;
@@ -38,7 +38,7 @@ const u64* find_range(Thread& t, u64 address, u32* index) {
   if (distance < (1 << 20))
     snprintf(hint, sizeof hint, ": %llu bytes %s an allocation of %llu bytes", (unsigned long long)distance,
              after ? "past the end of" : "before", (unsigned long long)(r.ranges[3 * best + 1] - r.ranges[3 * best]));
-  fail(OUT_OF_BOUNDS, "%s of %u bytes at global address 0x%llx, outside every allocation%s", write ? "write" : "read", bytes,
+  fail_for(t, OUT_OF_BOUNDS, "%s of %u bytes at global address 0x%llx, outside every allocation%s", write ? "write" : "read", bytes,
        (unsigned long long)address, hint);
 }
 inline u16 byte_mask(u32 offset, u32 bytes) { return (u16)(((1u << bytes) - 1) << (offset & 15)); }
@@ -47,15 +47,15 @@ inline u16 byte_mask(u32 offset, u32 bytes) { return (u16)(((1u << bytes) - 1) <
 Block& block_of(Thread& t, u32 address, const char* what) {
   u32 rank = address >> 24;
   if (!rank) return *t.block;
-  if (rank > blocks.size()) fail(OUT_OF_BOUNDS, "%s address 0x%08x names block %u of a cluster of %zu", what, address, rank - 1, blocks.size());
+  if (rank > blocks.size()) fail_for(t, OUT_OF_BOUNDS, "%s address 0x%08x names block %u of a cluster of %zu", what, address, rank - 1, blocks.size());
   return *blocks[rank - 1];
 }
 u8* shared_at(Thread& t, u32 address, u32 bytes, u32 align) {
   Block& b = block_of(t, address, "shared");
   u32 a = address & 0xffffffu, offset = a - SHARED_BASE;
   if (a < SHARED_BASE || (u64)offset + bytes > b.shared_bytes)
-    fail(OUT_OF_BOUNDS, "%u bytes at shared offset %d, outside the %u bytes of the launch", bytes, (int)offset, b.shared_bytes);
-  if (address & (align - 1)) fail(MISALIGNED, "shared address %u (offset %u) is not a multiple of %u", address, offset, align);
+    fail_for(t, OUT_OF_BOUNDS, "%u bytes at shared offset %d, outside the %u bytes of the launch", bytes, (int)offset, b.shared_bytes);
+  if (address & (align - 1)) fail_for(t, MISALIGNED, "shared address %u (offset %u) is not a multiple of %u", address, offset, align);
   return b.shared + offset;
 }
 void mark_initialised(Thread& t, u32 address, u32 bytes, bool value) {
@@ -77,7 +77,7 @@ void check_initialised(Thread& t, u32 address, u32 bytes) {
     u32 n = std::min(end - o, 16 - (o & 15));
     u16 mask = byte_mask(o, n);
     if ((b.initialised[o / 16] & mask) != mask)
-      fail(UNINITIALISED, "read of %u bytes at shared offset %u: byte %u was never written, or its asynchronous copy has not been waited for",
+      fail_for(t, UNINITIALISED, "read of %u bytes at shared offset %u: byte %u was never written, or its asynchronous copy has not been waited for",
            bytes, offset, o + __builtin_ctz(mask & ~b.initialised[o / 16]) - (o & 15));
     o += n;
   }
@@ -94,10 +94,10 @@ u8* shared_access(Thread& t, u32 address, u32 bytes, u32 kind) {
 }
 u8* global_at(Thread& t, u64 address, u32 bytes, u32 align, u32 kind) {
   u32 index;
-  if (address & (align - 1)) fail(MISALIGNED, "global address 0x%llx is not a multiple of %u", (unsigned long long)address, align);
+  if (address & (align - 1)) fail_for(t, MISALIGNED, "global address 0x%llx is not a multiple of %u", (unsigned long long)address, align);
   const u64* range = find_range(t, address, &index);
-  if (!range || address + bytes > range[1]) outside(address, bytes, kind & WRITE);
-  if ((kind & WRITE) && range[2]) fail(OUT_OF_BOUNDS, "write of %u bytes to read-only memory at 0x%llx", bytes, (unsigned long long)address);
+  if (!range || address + bytes > range[1]) outside(t, address, bytes, kind & WRITE);
+  if ((kind & WRITE) && range[2]) fail_for(t, OUT_OF_BOUNDS, "write of %u bytes to read-only memory at 0x%llx", bytes, (unsigned long long)address);
   return (u8*)address;
 }
 void race_global(Thread& t, u64 address, u32 bytes, u32 kind) {
@@ -113,9 +113,9 @@ u8* global_access(Thread& t, u64 address, u32 bytes, u32 kind) {
   return p;
 }
 u8* local_access(Thread& t, u64 address, u32 bytes) {
-  if (address & (bytes - 1)) fail(MISALIGNED, "local address is not a multiple of %u", bytes);
+  if (address & (bytes - 1)) fail_for(t, MISALIGNED, "local address is not a multiple of %u", bytes);
   if (address < t.local_low || address + bytes > t.local_high)
-    fail(OUT_OF_BOUNDS, "%u bytes at local offset %lld, outside the %llu bytes of the thread's local variables", bytes,
+    fail_for(t, OUT_OF_BOUNDS, "%u bytes at local offset %lld, outside the %llu bytes of the thread's local variables", bytes,
          (long long)(address - t.local_low), (unsigned long long)(t.local_high - t.local_low));
   return (u8*)address;
 }
@@ -134,7 +134,7 @@ bool is_const(Thread& t, u64 a) {
 }
 bool is_global(Thread& t, u64 a) { return !is_shared(t, a) && !is_local(t, a) && !is_const(t, a); }
 u64 to_shared_address(Thread& t, u64 generic) {
-  if (!is_shared(t, generic)) fail(OUT_OF_BOUNDS, "address 0x%llx is not in shared memory, but is used as such", (unsigned long long)generic);
+  if (!is_shared(t, generic)) fail_for(t, OUT_OF_BOUNDS, "address 0x%llx is not in shared memory, but is used as such", (unsigned long long)generic);
   return generic - SHARED_WINDOW;
 }
 void memory_launch_begin() { range_of_site.assign(request->nsites, 0); }

@@ -4,6 +4,8 @@
 #include "scalar.h"
 #include "state.h"
 
+#include <cmath>
+
 namespace emu {
 namespace {
 struct Fragment {

@@ -86,7 +86,7 @@ const char* describe(u32 kind) {
   else snprintf(other, sizeof other, "a thread of another block (the %u. to run, thread %u)", e.run, e.slot);
   bool own = e.run == run_id && e.slot == t.slot;
   const char* hint = own ? "; the copy has not been waited for" : (kind | e.kind) & READ_ONLY ? "; ld.global.nc demands memory that no one writes during the launch" : "";
-  fail(DATA_RACE, "data race on %s byte %llu%s\n  %s now\n  after the unordered %s at %s\n  by %s", space, (unsigned long long)byte, hint,
+  fail_for(t, DATA_RACE, "data race on %s byte %llu%s\n  %s now\n  after the unordered %s at %s\n  by %s", space, (unsigned long long)byte, hint,
        describe(kind), describe(e.kind), where(e.site), other);
 }
 inline bool conflict(u32 a, u32 b) { return ((a | b) & WRITE) && !(a & b & STRONG); }

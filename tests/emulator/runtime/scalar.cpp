@@ -2,6 +2,7 @@
 #include "scalar.h"
 
 #include <cfenv>
+#include <cmath>
 
 namespace emu {
 namespace {

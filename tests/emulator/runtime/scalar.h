@@ -3,6 +3,18 @@
 #include "emu.h"
 
 namespace emu {
+// The C library without <cmath>.
+inline float math_sqrt(float x) { return __builtin_sqrtf(x); }
+inline double math_sqrt(double x) { return __builtin_sqrt(x); }
+inline float math_abs(float x) { return __builtin_fabsf(x); }
+inline double math_abs(double x) { return __builtin_fabs(x); }
+inline float math_copysign(float x, float y) { return __builtin_copysignf(x, y); }
+inline double math_copysign(double x, double y) { return __builtin_copysign(x, y); }
+inline bool is_nan(double x) { return x != x; }
+inline bool is_inf(double x) { return __builtin_fabs(x) == __builtin_inf(); }
+inline bool is_negative(float x) { return __builtin_bit_cast(u32, x) >> 31; }
+inline bool is_negative(double x) { return __builtin_bit_cast(u64, x) >> 63; }
+
 enum Rounding { RN, RZ, RM, RP, RNI, RZI, RMI, RPI, RNA };
 enum HalfKind { F16, BF16 };
 
@@ -127,8 +139,8 @@ inline u16 to_f16(double x) { return x == x ? __builtin_bit_cast(u16, (_Float16)
 inline u16 to_f16_rz(float x) {
   if (x != x) return 0x7fff;
   u16 h = to_f16(x);
-  if (std::isinf(from_f16(h)) && !std::isinf(x)) return (u16)(h - 1);
-  return std::fabs(from_f16(h)) > std::fabs(x) ? (u16)(h - 1) : h;
+  if (is_inf(from_f16(h)) && !is_inf(x)) return (u16)(h - 1);
+  return math_abs(from_f16(h)) > math_abs(x) ? (u16)(h - 1) : h;
 }
 inline u16 to_bf16(float x) {
   u32 b = bits(x);
@@ -138,9 +150,9 @@ inline u16 to_bf16_rz(float x) { return x == x ? (u16)(bits(x) >> 16) : (u16)0x7
 // double -> float with the last bit forced odd when inexact: rounding that once more to a narrower type is then exact
 inline float narrow_odd(double x) {
   float f = (float)x;
-  if (x != x || (double)f == x || std::isinf(f)) return f;
+  if (x != x || (double)f == x || is_inf(f)) return f;
   u32 b = bits(f);
-  if (std::fabs((double)f) > std::fabs(x)) b -= 1;
+  if (math_abs((double)f) > math_abs(x)) b -= 1;
   return as_float(b | 1);
 }
 inline u16 to_bf16(double x) { return to_bf16(narrow_odd(x)); }
@@ -155,7 +167,7 @@ inline u16 saturate_bf16(u16 h) { return to_bf16(saturate(from_bf16(h))); }
 // a * b + c, rounded to odd in double: the product of two halves is exact there, so one more rounding is correct.
 inline double fma_odd(float a, float b, float c) {
   double p = (double)a * b, s = p + c;
-  if (!(std::fabs(s) < HUGE_VAL)) return s;
+  if (!(math_abs(s) < __builtin_inf())) return s;
   double v = s - p, error = (p - (s - v)) + (c - v);
   if (error != 0) {
     u64 u = __builtin_bit_cast(u64, s);
@@ -187,14 +199,14 @@ template <> inline float quiet_nan<float>() { return as_float(0x7fffffffu); }
 template <> inline double quiet_nan<double>() { return __builtin_bit_cast(double, (u64)0x7fffffffffffffffull); }
 template <class T, bool NAN_WINS, bool XORSIGN> inline T pick(T a, T b, bool smaller) {
   if (XORSIGN) {
-    T sign = (std::signbit(a) != std::signbit(b)) ? (T)-1 : (T)1;
-    return std::copysign(pick<T, NAN_WINS, false>(std::fabs(a), std::fabs(b), smaller), sign);
+    T sign = (is_negative(a) != is_negative(b)) ? (T)-1 : (T)1;
+    return math_copysign(pick<T, NAN_WINS, false>(math_abs(a), math_abs(b), smaller), sign);
   }
   if (a != a || b != b) {
     if (NAN_WINS || (a != a && b != b)) return quiet_nan<T>();
     return a != a ? b : a;
   }
-  if (a == b) return std::signbit(a) == smaller ? a : b;
+  if (a == b) return is_negative(a) == smaller ? a : b;
   return (a < b) == smaller ? a : b;
 }
 template <class T, bool N, bool X> inline T min_float(T a, T b) { return pick<T, N, X>(a, b, true); }
@@ -210,7 +222,7 @@ template <HalfKind K, bool N, bool X> inline u16 max_half(u16 a, u16 b) {
 
 // ---- conversions --------------------------------------------------------------------------------------------------------
 inline double integral(double x, Rounding r) {
-  return r == RZI ? std::trunc(x) : r == RMI ? std::floor(x) : r == RPI ? std::ceil(x) : std::nearbyint(x);
+  return r == RZI ? __builtin_trunc(x) : r == RMI ? __builtin_floor(x) : r == RPI ? __builtin_ceil(x) : __builtin_nearbyint(x);
 }
 inline float integral(float x, Rounding r) { return (float)integral((double)x, r); }
 // Float to integer saturates, and NaN becomes zero.
@@ -221,7 +233,7 @@ template <class T> inline T to_integer(double x, Rounding r) {
   constexpr T low = is_signed ? (T)((T)-1 - high) : (T)0;
   if (x != x) return 0;
   x = integral(x, r);
-  double limit = std::ldexp(1., (int)(is_signed ? width - 1 : width));
+  double limit = (is_signed ? 0.5 : 1.) * 2. * (double)((u64)1 << (width - 1));
   if (x >= limit) return high;
   if (x < (is_signed ? -limit : 0.)) return low;
   return (T)x;
@@ -237,18 +249,18 @@ template <class T, class S> inline T clamp_integer(S x) {
 inline u32 to_tf32_rz(float x) { return x == x ? bits(x) & 0xffffe000u : 0x7fffffffu; }
 inline u32 to_tf32_rna(float x) {  // nearest, ties away from zero
   if (x != x) return 0x7fffffffu;
-  return std::isinf(x) ? bits(x) : (bits(x) + 0x1000u) & 0xffffe000u;
+  return is_inf(x) ? bits(x) : (bits(x) + 0x1000u) & 0xffffe000u;
 }
 inline u32 to_tf32_rn(float x) {
   if (x != x) return 0x7fffffffu;
-  return std::isinf(x) ? bits(x) : (bits(x) + 0xfffu + (bits(x) >> 13 & 1)) & 0xffffe000u;
+  return is_inf(x) ? bits(x) : (bits(x) + 0xfffu + (bits(x) >> 13 & 1)) & 0xffffe000u;
 }
-template <class T> inline bool testp_finite(T x) { return std::isfinite(x); }
-template <class T> inline bool testp_infinite(T x) { return std::isinf(x); }
+template <class T> inline bool testp_finite(T x) { return x == x && !is_inf(x); }
+template <class T> inline bool testp_infinite(T x) { return is_inf(x); }
 template <class T> inline bool testp_number(T x) { return x == x; }
 template <class T> inline bool testp_notanumber(T x) { return x != x; }
-template <class T> inline bool testp_normal(T x) { return std::isnormal(x); }
-template <class T> inline bool testp_subnormal(T x) { return std::fpclassify(x) == FP_SUBNORMAL; }
+template <class T> inline bool testp_normal(T x) { return __builtin_isnormal(x); }
+template <class T> inline bool testp_subnormal(T x) { return x == x && !is_inf(x) && x != 0 && !__builtin_isnormal(x); }
 
 // ---- directed rounding (scalar.cpp; rare) -------------------------------------------------------------------------------
 float rounded(char op, float a, float b, Rounding r);

@@ -2,6 +2,8 @@
 #include "ops.h"
 #include "state.h"
 
+#include <cmath>
+
 namespace emu {
 namespace {
 // An open collective: the lanes that have arrived so far. A warp may have several, with disjoint masks.
