@@ -1,0 +1,170 @@
+"""The shipped kernels' PTX against float64: every head dim, group, mask edge, score, in two schedules.
+
+Each case runs forward and backward twice, with its threads in two orders: once with dQ in a pass of its own
+(`deterministic=True`) and once with dQ gathered by reductions. A race, an uninitialised read or an access out of bounds
+fails by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.cases import Case, answer, check, covering
+from tests.machines import Emulator, same_bits
+
+# The head dims of the contract, each with another group, mask and pair of lengths. Tiles are 64 or 128 rows and 32 or 64
+# keys, so 63, 64, 65, 127, 129 sit on their edges.
+BASE = Case(batch=(), heads=1, heads_kv=1)
+HEAD_DIMS = {
+    1: replace(BASE, heads=3, len_q=65, len_k=130, causal=True),
+    5: replace(BASE, heads=7, len_q=33, len_k=129, window=(63, 0)),
+    32: replace(BASE, heads=8, len_q=64, len_k=64),
+    40: replace(BASE, len_q=129, len_k=65, causal=True),
+    64: replace(BASE, heads=3, len_q=150, len_k=200, causal=True),
+    80: replace(BASE, len_q=127, len_k=190, window=(64, 65)),
+    96: replace(BASE, heads=7, len_q=20, len_k=128, causal=True),
+    111: replace(BASE, len_q=140, len_k=77, window=(65, 1)),
+    128: replace(BASE, heads=3, len_q=129, len_k=193, causal=True),
+    160: replace(BASE, len_q=70, len_k=131, window=(0, 64)),
+    192: replace(BASE, heads=8, len_q=9, len_k=66),
+    256: replace(BASE, len_q=65, len_k=97, causal=True),
+}
+HEAD_DIMS = {d: replace(case, head_dim=d) for d, case in HEAD_DIMS.items()}
+VALUE_DIMS = [
+    replace(BASE, head_dim=64, head_dim_v=128, heads=3, len_q=65, len_k=70, causal=True),
+    replace(BASE, head_dim=128, head_dim_v=64, len_q=130, len_k=65),
+    replace(BASE, head_dim=192, head_dim_v=128, len_q=66, len_k=130, causal=True),
+    replace(BASE, head_dim=64, head_dim_v=1, len_q=33, len_k=65),
+    replace(BASE, head_dim=8, head_dim_v=256, len_q=20, len_k=65, causal=True),
+]
+# The general variant of every compiled head dim, by a softcap or ALiBi.
+SHAPED = [
+    replace(HEAD_DIMS[64], softcap=3.0),
+    replace(HEAD_DIMS[96], softcap=20.0, alibi="H", scale=-0.3),
+    replace(HEAD_DIMS[192], alibi="H", causal=True),
+    replace(HEAD_DIMS[256], alibi="H", window=(40, 3), scale=0.0),
+    replace(VALUE_DIMS[2], softcap=5.0),
+]
+SIGNS = [
+    replace(HEAD_DIMS[64], scale=-0.125),
+    replace(HEAD_DIMS[64], q_offset=-30, window=(50, 20), causal=False),
+]
+FLOAT16 = [*HEAD_DIMS.values(), *VALUE_DIMS, *SHAPED, *SIGNS]
+BFLOAT16 = [replace(c, dtype="bfloat16") for c in [*HEAD_DIMS.values(), VALUE_DIMS[2], SHAPED[0]]]
+PLACES = {
+    "sm_80": FLOAT16 + BFLOAT16,
+    "sm_75": [HEAD_DIMS[d] for d in (5, 40, 64, 96, 111, 128, 160, 256)],
+    # Their tiles differ from those of sm_80.
+    "sm_86": [HEAD_DIMS[d] for d in (96, 128, 256)],
+    "sm_90a": [HEAD_DIMS[d] for d in (64, 128, 256)],
+}
+
+
+def on_every_place() -> list[Any]:
+    return [
+        pytest.param(arch, case, id=f"{arch}-{case}")
+        for arch, suite in PLACES.items()
+        for case in suite
+    ]
+
+
+@pytest.mark.parametrize(("arch", "case"), on_every_place())
+def test_forward_and_gradients_pass_rule_t_in_two_schedules(arch: str, case: Case) -> None:
+    for seed, deterministic in ((0, True), (1, False)):
+        with Emulator(arch, seed=seed) as machine:
+            check(machine, case, deterministic=deterministic, dlse=seed == 0)
+
+
+COVERING = covering(
+    dtype=("float16", "bfloat16"),
+    lengths=[(1, 1), (1, 130), (64, 64), (65, 33), (33, 129), (17, 5), (66, 131)],
+    dims=[(64, 64), (5, 5), (32, 32), (30, 8)],
+    heads=[(2, 2), (6, 2), (7, 1)],
+    batch=[(2,), (), (1, 2)],
+)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_pairs_of_options_pass_rule_t(case: Case) -> None:
+    """Every pair of values of any two options, on the emulator."""
+    with Emulator("sm_80", seed=case.seed) as machine:
+        check(machine, case, deterministic=case.seed % 2 == 0, dlse=case.seed % 3 == 0)
+
+
+@pytest.mark.parametrize("case", [HEAD_DIMS[64], SHAPED[0], HEAD_DIMS[111]], ids=str)
+def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(case: Case) -> None:
+    """Forward always, gradients with deterministic=True: the same bits in every schedule."""
+    data, options = answer(case).data, case.options()
+    runs = []
+    for seed in (0, 5, 11):
+        with Emulator("sm_80", seed=seed) as machine:
+            out, lse = machine.attention(data.q, data.k, data.v, **options, return_lse=True)
+            arrays = (data.dout, data.q, data.k, data.v, out, lse)
+            grads = machine.backward(*arrays, dlse=data.dlse, deterministic=True, **options)
+            runs.append((out, lse, grads.q, grads.k, grads.v))
+    for other in runs[1:]:
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+SQUARE = replace(BASE, len_q=256, len_k=256)
+COUNTED = [("sm_80", replace(SQUARE, head_dim=d)) for d in (32, 64, 96, 128, 192, 256)] + [
+    (arch, replace(SQUARE, head_dim=d)) for d in (64, 128) for arch in ("sm_75", "sm_90a")
+]
+
+
+@pytest.mark.parametrize(("arch", "case"), COUNTED, ids=str)
+def test_kernels_have_no_bank_conflicts_and_coalesced_copies(arch: str, case: Case) -> None:
+    """Counted exactly: shared memory in the fewest wavefronts, global rows in whole 32-byte sectors."""
+    data = answer(case).data
+    with Emulator(arch, seed=0) as machine:
+        machine.device.count = True
+        out, lse = machine.attention(data.q, data.k, data.v, return_lse=True)
+        for deterministic in (True, False):
+            arrays = (data.dout, data.q, data.k, data.v, out, lse)
+            machine.backward(*arrays, deterministic=deterministic)
+        launches = machine.device.launches
+    kernels = {name.split("_f16")[0] for name, _, _ in launches}
+    assert kernels == {"forward", *(f"backward_{k}" for k in ("prepare", "dkdv", "dq", "convert"))}
+    for name, _, counters in launches:
+        conflicts = {at: n.bank_conflicts for at, n in counters.lines.items() if n.bank_conflicts}
+        assert not conflicts, f"{name}: {conflicts}"
+        # Copies of rows, 16 bytes a thread: bytes asked for and bytes moved agree.
+        wide = [
+            line
+            for line in counters.lines.values()
+            if line.global_bytes
+            and any(op.startswith("cp.async.c") or ".v4" in op for op in line.instructions)
+        ]
+        assert wide, name
+        for line in wide:
+            assert line.sectors * 32 == line.global_bytes, (name, dict(line.instructions))
+
+
+def test_work_follows_the_visible_tiles() -> None:
+    """Tiles the mask hides are never visited: matrix instructions count them."""
+    data = answer(replace(BASE, len_q=512, len_k=512)).data
+
+    def products(**options: Any) -> int:
+        with Emulator("sm_80", seed=0) as machine:
+            machine.device.count = True
+            machine.attention(data.q, data.k, data.v, **options)
+            return machine.device.launches[-1][2].count("mma")
+
+    full = products()
+    # 4 query tiles of 128 rows, 8 key tiles of 64: causal sees 2 + 4 + 6 + 8 of 32, a window of 64 keys 2 + 3 + 3 + 3.
+    assert products(causal=True) * 32 == full * 20
+    assert products(causal=True, window=(63, 0)) * 32 == full * 11
+
+
+@pytest.mark.parametrize(("dtype", "element"), [("float16", "f16"), ("bfloat16", "bf16")])
+def test_kernels_are_named_after_what_they_compute(dtype: str, element: str) -> None:
+    data = answer(replace(BASE, dtype=dtype, len_q=16, len_k=16)).data
+    with Emulator("sm_80") as machine:
+        out = machine.attention(data.q, data.k, data.v)
+        (name, *_), *_ = machine.device.launches
+    assert out.dtype == np.dtype(data.q.dtype)
+    assert name == f"forward_{element}_d64_linear"
