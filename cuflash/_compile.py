@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuflash import _cache
+from cuflash import _cache, _nvrtc
 from cuflash._errors import CompileError
 
 _HERE = Path(__file__).parent
@@ -123,8 +123,7 @@ def build(spec: Specialization) -> bytes:
     CompileError
         NVRTC refused, or compiled with a warning that means lost performance.
     """
-    from cupy.cuda import nvrtc
-
+    nvrtc = _nvrtc.binding()
     version = nvrtc.getVersion()
     with _lock:
         found = _built.get((spec, version))
@@ -143,16 +142,14 @@ def build(spec: Specialization) -> bytes:
 
 def source_path(spec: Specialization) -> Path:
     """Where the generated source of `spec` is (or will be) kept."""
-    from cupy.cuda import nvrtc
-
+    nvrtc = _nvrtc.binding()
     entry = _cache.key(source(spec), " ".join(OPTIONS), spec.arch, f"nvrtc {nvrtc.getVersion()}")
     return _cache.paths(spec.name, entry)[0]
 
 
 def compile_cubin(text: str, name: str, arch: str, path: Path | None) -> bytes:
     """Compile a translation unit with CuPy's NVRTC; `path` is where its text is kept, for messages."""
-    from cupy.cuda import nvrtc
-
+    nvrtc = _nvrtc.binding()
     options = (*OPTIONS, f"-I{ROOT}", f"-arch={arch}")
     program = nvrtc.createProgram(text, str(path or f"{name}.cu"), (), ())
     try:

@@ -12,10 +12,10 @@ from typing import Any
 
 import cupy
 import numpy as np
-from cupy.cuda import driver, nvrtc
+from cupy.cuda import driver
 from cupy.cuda.function import Module
 
-from cuflash import _compile
+from cuflash import _compile, _nvrtc
 from cuflash._device import Limits
 from cuflash._errors import UnsupportedError
 
@@ -100,6 +100,7 @@ def architecture(major: int, minor: int) -> str:
     """
     if major * 10 + minor == 90:
         return "sm_90a"
+    nvrtc = _nvrtc.binding()
     known = [int(a) for a in nvrtc.getSupportedArchs()]
     usable = [a for a in known if a // 10 == major and a % 10 <= minor]
     if not usable:

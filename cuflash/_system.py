@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from cuflash import _cache
+from cuflash import _cache, _nvrtc
 
 # Distributions whose versions decide what runs, where installed.
 PACKAGES = (
@@ -139,7 +139,7 @@ def show_config() -> Config:
         gpus=gpus,
         driver=driver,
         runtime=runtime,
-        nvrtc=_nvrtc(),
+        nvrtc=_nvrtc_version(),
         no_gpu=no_gpu,
         cache=str(folder),
         cache_writable=_writable(folder),
@@ -199,11 +199,9 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _nvrtc() -> str | None:
+def _nvrtc_version() -> str | None:
     try:
-        from cupy.cuda import nvrtc
-
-        return ".".join(map(str, nvrtc.getVersion()))
+        return ".".join(map(str, _nvrtc.binding().getVersion()))
     except (ImportError, RuntimeError, OSError):
         return None  # no CuPy, or CuPy without an NVRTC to load
 

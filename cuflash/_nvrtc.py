@@ -1,0 +1,42 @@
+"""CuPy's binding of NVRTC, of CuPy's own CUDA generation.
+
+Where NVRTC wheels of two generations are installed (PyTorch brings one, `cuda12` another), CuPy
+loads the newer. A driver that serves CuPy's generation may refuse cubins of the newer one, so the
+matching library is loaded first; CuPy then finds it in the process and takes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from importlib import metadata
+from typing import Any
+
+# CUDA generation -> the distribution that carries its NVRTC.
+_WHEELS = {12: "nvidia-cuda-nvrtc-cu12", 13: "nvidia-cuda-nvrtc"}
+
+
+@functools.cache
+def binding() -> Any:
+    """The module `cupy.cuda.nvrtc`; raises ImportError without CuPy."""
+    import cupy
+
+    generation = cupy.cuda.driver.get_build_version() // 1000
+    if sys.platform == "linux" and generation in _WHEELS:
+        _preload(_WHEELS[generation], f"libnvrtc.so.{generation}")
+    from cupy.cuda import nvrtc
+
+    return nvrtc
+
+
+def _preload(distribution: str, library: str) -> None:
+    """Load a wheel's library if that wheel is installed; otherwise CuPy finds its own."""
+    try:
+        files = metadata.files(distribution) or ()
+    except metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name == library and file.locate().exists():
+            ctypes.CDLL(str(file.locate()))
+            return
