@@ -216,7 +216,7 @@ void setmaxnreg(Thread& t, u32 count, bool increase) {
   collective(t, 0xffffffffu, "setmaxnreg", nullptr, nullptr);
   u32 groups = (t.block->nwarps + 3) / 4;
   // One block per multiprocessor: 64 Ki registers over the launched threads, in steps of 8 per thread.
-  u32 entry = std::min(65536 / (groups * 128) / 8 * 8, 255u / 8 * 8);
+  u32 entry = std::min(65536 / (groups * 128) / 8 * 8, 256u);
   if (h.registers.empty()) h.registers.assign(t.block->nwarps, entry);
   u32& mine = h.registers[t.warp];
   if (t.lane != 0) {  // lane 0 does the arithmetic for its warp
