@@ -6,7 +6,11 @@ them. `wide_backend` leaves the emulator out, for sizes it cannot run in seconds
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Products here are small: threads of BLAS would mostly wait for each other, and for other tests' threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 

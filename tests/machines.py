@@ -173,11 +173,9 @@ def normal(
 def check_forward(machine: Machine, q: Any, k: Any, v: Any, **options: Any) -> tuple[Any, Any]:
     """Run, compare out and lse with float64 by rule T, and return them."""
     out, lse = machine.attention(q, k, v, **options, return_lse=True)
-    case = f"{machine.name} {q.dtype.name} q{q.shape} k{k.shape} v{v.shape} {shown(options)}"
-    gold, gold_lse = oracle.forward(q, k, v, **options)
-    honest = oracle.low_precision(q, k, v, **options)["out"]
-    oracle.check(out, gold, honest, oracle.FORWARD, q.dtype, case=case, lse=gold_lse)
-    oracle.check_lse(lse, gold_lse, q.dtype, case=case)
+    exact = oracle.exact(q, k, v, **options)
+    honest = oracle.low_precision(q, k, v, **options)
+    oracle.check_all(described(machine, q, k, v, options), exact, honest, q.dtype, out=out, lse=lse)
     return out, lse
 
 
@@ -192,30 +190,24 @@ def check_gradients(
     deterministic: bool = False,
     **options: Any,
 ) -> Any:
-    """Run forward and backward, compare every gradient with float64 by rule T, and return them."""
-    slopes = options.get("alibi_slopes")
-    wrt = ("q", "k", "v") if slopes is None else ("q", "k", "v", "alibi_slopes")
-    _, grads = machine.vjp(
-        q, k, v, dout, dlse=dlse, wrt=wrt, deterministic=deterministic, **options
+    """Run forward and backward, compare out and gradients by rule T, and return the gradients."""
+    wrt = (
+        ("q", "k", "v") if options.get("alibi_slopes") is None else ("q", "k", "v", "alibi_slopes")
     )
-    case = f"{machine.name} {q.dtype.name} q{q.shape} k{k.shape} v{v.shape} {shown(options)}"
-    gold = oracle.backward(dout, q, k, v, dlse=dlse, **options)
+    run: dict[str, Any] = {"wrt": wrt, "deterministic": deterministic, "dlse": dlse}
+    out, grads = machine.vjp(q, k, v, dout, **run, **options)
+    exact = oracle.exact(q, k, v, dout, dlse=dlse, **options)
     honest = oracle.low_precision(q, k, v, dout, dlse=dlse, **options)
-    _, lse = oracle.forward(q, k, v, **options)
-    for name in wrt:
-        dtype = slopes.dtype if name == "alibi_slopes" else q.dtype
-        got = getattr(grads, name)
-        oracle.check(
-            got,
-            gold[name],
-            honest[name],
-            oracle.GRADIENT,
-            dtype,
-            name="d" + name,
-            case=case,
-            lse=lse,
-        )
+    got = {name: getattr(grads, name) for name in wrt}
+    case = described(machine, q, k, v, options)
+    oracle.check_all(case, exact, honest, q.dtype, out=out, grads=got)
     return grads
+
+
+def described(machine: Machine, q: Any, k: Any, v: Any, options: dict[str, Any]) -> str:
+    """A case in one line."""
+    shapes = f"q{q.shape} k{k.shape} v{v.shape}"
+    return f"{machine.name} {q.dtype.name} {shapes} {shown(options)}"
 
 
 def shown(options: dict[str, Any]) -> str:
