@@ -132,15 +132,15 @@ struct QueryBlock {
             Accumulator<M16, CHUNK / 8> s, ds;
             s.zero();
             ds.zero();
-            multiply_transposed<Element, TileQ, TileK>(s, lane_major<TileQ>(layout.q), warp_row, lane_minor<TileK>(k_smem), column);
-            multiply_transposed<Element, TileDout, TileV>(ds, lane_major<TileDout>(layout.dout), warp_row, lane_minor<TileV>(v_smem), column);
+            multiply_transposed<Element, TileQ, TileK>(s, lane_major<TileQ>(opaque(layout.q)), warp_row, lane_minor<TileK>(opaque(k_smem)), column);
+            multiply_transposed<Element, TileDout, TileV>(ds, lane_major<TileDout>(opaque(layout.dout)), warp_row, lane_minor<TileV>(opaque(v_smem)), column);
             score_gradients(s, ds, keys.begin + column, cut);
             if (isolate) {
                 // Scores come from K as it is, so every warp must have its own before the repair.
                 __syncthreads();
                 repaired |= remove_non_finite<Element, TileK, THREADS, CHUNK>(k_smem, column);
             }
-            multiply<Element, TileK>(dq, ds, lane_major<TileK>(k_smem), column);
+            multiply<Element, TileK>(dq, ds, lane_major<TileK>(opaque(k_smem)), column);
         }
         if (repaired)
             add_non_finite<Element>(dq, k_gmem, keys, rows.begin + warp_row, [&](int i, int j) { return mask.keep(i, j); });

@@ -30,28 +30,31 @@ DEV bool remove_non_finite(u32 smem, int first_row = 0) {
 //   keep        (row, key) -> bool
 template <class Element, int M16, int N8, class Keep>
 DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys, int first_row, Keep keep) {
+    constexpr int TOGETHER = 4;  // column blocks per walk: all at once would need a register per load in flight
     const int lane = fresh_thread_id() % 32;
+#pragma unroll
+    for (int first = 0; first < N8; first += TOGETHER)
 #pragma unroll 1
-    for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
-        const u16* row = source.base + key * source.stride;
-        bool sees[M16][2];
+        for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
+            const u16* row = source.base + key * source.stride;
+            bool sees[M16][2];
 #pragma unroll
-        for (int m = 0; m < M16; ++m)
+            for (int m = 0; m < M16; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                sees[m][half] = keep(first_row + m * 16 + half * 8 + lane / 4, key);
+                for (int half = 0; half < 2; ++half)
+                    sees[m][half] = keep(first_row + m * 16 + half * 8 + lane / 4, key);
 #pragma unroll
-        for (int n = 0; n < N8; ++n)
+            for (int n = first; n < min(N8, first + TOGETHER); ++n)
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int column = n * 8 + lane % 4 * 2 + e;
-                const u16 bits = column < source.columns ? ld_global_u16(row + column) : 0;
-                const float removed = is_finite<Element>(bits) ? 0.f : Element::to_float(bits);
+                for (int e = 0; e < 2; ++e) {
+                    const int column = n * 8 + lane % 4 * 2 + e;
+                    const u16 bits = column < source.columns ? ld_global_u16(row + column) : 0;
+                    const float removed = is_finite<Element>(bits) ? 0.f : Element::to_float(bits);
 #pragma unroll
-                for (int m = 0; m < M16; ++m)
+                    for (int m = 0; m < M16; ++m)
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        acc.x[m][n][2 * half + e] += sees[m][half] ? removed : 0.f;
-            }
-    }
+                        for (int half = 0; half < 2; ++half)
+                            acc.x[m][n][2 * half + e] += sees[m][half] ? removed : 0.f;
+                }
+        }
 }

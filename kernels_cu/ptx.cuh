@@ -28,6 +28,11 @@ DEV int fresh_thread_id() {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
+// x, as a value of unknown origin: addresses made from it are computed where they are used, not kept in registers across a loop.
+DEV u32 opaque(u32 x) {
+    asm volatile("mov.u32 %0, %0;" : "+r"(x));
+    return x;
+}
 DEV float neg_infinity() { return __int_as_float(0xff800000); }
 DEV float positive_infinity() { return __int_as_float(0x7f800000); }
 
