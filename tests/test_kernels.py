@@ -16,8 +16,8 @@ import pytest
 from tests.cases import Case, answer, check, covering
 from tests.machines import Emulator, same_bits
 
-# The head dims of the contract, each with another group, mask and pair of lengths. Tiles are 64 or 128 rows and 32 or 64
-# keys, so 63, 64, 65, 127, 129 sit on their edges.
+# The head dims of the contract, each with another group, mask and pair of lengths. Tiles are 64 or 128 rows and 32 or
+# 64 keys, so 63, 64, 65, 127, 129 sit on their edges.
 BASE = Case(batch=(), heads=1, heads_kv=1)
 HEAD_DIMS = {
     1: replace(BASE, heads=3, len_q=65, len_k=130, causal=True),
