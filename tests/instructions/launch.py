@@ -61,13 +61,25 @@ def arguments(
 
 
 class EmulatorRunner:
-    """Launches in the emulator; `seed` chooses the schedule."""
+    """Launches in the emulator.
+
+    Parameters
+    ----------
+    forms : sequence of Form
+    seed : int
+        Chooses the schedule.
+    ptx : dict, optional
+        Group -> PTX to use instead of compiling the forms (tests plant mistakes there).
+    """
 
     device = ""
 
-    def __init__(self, forms: Sequence[Form], seed: int = 0) -> None:
+    def __init__(
+        self, forms: Sequence[Form], seed: int = 0, ptx: dict[str, str] | None = None
+    ) -> None:
         self._forms = forms
         self._modules: dict[str, Any] = {}
+        self._ptx = dict(ptx or {})
         self.seed = seed
 
     def supports(self, form: Form) -> bool:
@@ -79,9 +91,12 @@ class EmulatorRunner:
         from tests.emulator.nvrtc import Nvrtc
 
         if group not in self._modules:
-            source = unit_source([f for f in self._forms if f.group == group])
-            ptx = Nvrtc().ptx(source, f"compute_{architecture(group)}", OPTIONS, name=f"{group}.cu")
-            self._modules[group] = Module(ptx)
+            if group not in self._ptx:
+                source = unit_source([f for f in self._forms if f.group == group])
+                self._ptx[group] = Nvrtc().ptx(
+                    source, f"compute_{architecture(group)}", OPTIONS, name=f"{group}.cu"
+                )
+            self._modules[group] = Module(self._ptx[group])
         return self._modules[group]
 
     def run(self, form: Form, case: Case) -> list[np.ndarray]:

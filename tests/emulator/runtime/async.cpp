@@ -1,5 +1,6 @@
 // async.cpp - cp.async: the destination holds 0xFF from issue until the wait that completes the copy, so both reading
 // too early and overwriting what others still read show in the values, besides being races.
+#include "hopper.h"
 #include "state.h"
 
 #include <algorithm>
@@ -34,6 +35,7 @@ static void deliver(Thread& t, const Copy& c) {
   if (c.bytes) memcpy(p, (const void*)c.src, c.bytes);
   mark_initialised(t, c.dst, c.size);
   async_end(t, c.dst, c.size, WRITE);
+  if (t.block->hopper) hopper_generic_write(t, c.dst, c.size);  // cp.async is of the generic proxy
 }
 template <class Done> static void deliver_if(Thread& t, Done done) {
   u32 kept = 0;

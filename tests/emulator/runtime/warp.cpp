@@ -1,5 +1,6 @@
 // warp.cpp - steps that the lanes of a warp make together: the meeting point itself, shuffles, votes, matrix loads.
 #include "ops.h"
+#include "hopper.h"
 #include "state.h"
 
 #include <cmath>
@@ -216,6 +217,7 @@ u8* row_of(void** lanes, u32 lane, u32 kind) {
   if (request->race) race_shared(*m.t, m.address, 16, kind);
   if (kind & WRITE) mark_initialised(*m.t, m.address, 16);
   else check_initialised(*m.t, m.address, 16);
+  if ((kind & WRITE) && m.t->block->hopper) hopper_generic_write(*m.t, m.address, 16);
   return p;
 }
 void count_rows(void** lanes, u32 count) {

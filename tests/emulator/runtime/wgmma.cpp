@@ -85,7 +85,6 @@ void issue_leader(void** lanes, u32) {
   for (u64 x : {w.a_registers ? 0 : w.a, w.b, (u64)w.n << 8 | (u64)w.type << 1 | w.accumulate})
     log[1] = (log[1] ^ x) * 0x100000001b3ull;
   check_operands(*first.t, w, true);
-  count_warp(*first.t);
 }
 
 // D of one warp as a matrix; element i of a lane sits at row g + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 t + i % 2.
@@ -112,10 +111,10 @@ void set_d(const Wgmma& w, u32 i, double value) {
   }
 }
 
-void read_register_a(void** lanes, const Wgmma& w, float (*a)[16]) {
+void read_register_a(const Lane* lanes, const Wgmma& w, float (*a)[16]) {
   for (u32 lane = 0; lane < 32; ++lane)
     for (u32 r = 0; r < 4; ++r) {
-      u32 row = lane / 4 + 8 * (r % 2), bits = *((Lane*)lanes[lane])->w->ar[r];
+      u32 row = lane / 4 + 8 * (r % 2), bits = *lanes[lane].w->ar[r];
       if (w.type == WG_TF32) {
         a[row][lane % 4 + 4 * (r / 2)] = element(w.type, (const u8*)&bits);
         continue;
@@ -125,8 +124,8 @@ void read_register_a(void** lanes, const Wgmma& w, float (*a)[16]) {
 }
 
 // The multiplication of one warp's 16 rows. Sums are made in double and rounded once: the hardware's order is unspecified.
-void multiply_leader(void** lanes, u32) {
-  Lane& first = *(Lane*)lanes[0];
+void multiply(Lane* lanes) {
+  Lane& first = lanes[0];
   const Wgmma& w = *first.w;
   Thread& t = *first.t;
   static float a[16][16], b[256][16];
@@ -139,7 +138,7 @@ void multiply_leader(void** lanes, u32) {
   read_matrix(t, w, w.b, w.transpose_b, 0, w.n, b);
   double sign = w.negate_a != w.negate_b ? -1.0 : 1.0;
   for_accumulators(w.n, [&](u32 lane, u32 i, u32 row, u32 column) {
-    d[row][column] = w.accumulate ? d_value(*((Lane*)lanes[lane])->w, i) : 0.0;
+    d[row][column] = w.accumulate ? d_value(*lanes[lane].w, i) : 0.0;
   });
   for (u32 row = 0; row < 16; ++row)
     for (u32 column = 0; column < w.n; ++column) {
@@ -147,7 +146,25 @@ void multiply_leader(void** lanes, u32) {
       for (u32 k = 0; k < depth(w); ++k) sum += (double)a[row][k] * b[column][k];
       d[row][column] += sign * sum;
     }
-  for_accumulators(w.n, [&](u32 lane, u32 i, u32 row, u32 column) { set_d(*((Lane*)lanes[lane])->w, i, d[row][column]); });
+  for_accumulators(w.n, [&](u32 lane, u32 i, u32 row, u32 column) { set_d(*lanes[lane].w, i, d[row][column]); });
+}
+
+// What a lane brings to wait_group: its oldest `count` instructions are to complete.
+struct Retire {
+  Thread* t;
+  Wgmma* first;
+  size_t count;
+};
+
+void retire_leader(void** waiting, u32) {
+  Lane lanes[32];
+  const Retire& first = *(Retire*)waiting[0];
+  for (u32 i = 1; i < 32; ++i)
+    if (((Retire*)waiting[i])->count != first.count) fail(DIVERGENCE, "wgmma.wait_group: lanes 0 and %u issued different groups", i);
+  for (size_t k = 0; k < first.count; ++k) {
+    for (u32 i = 0; i < 32; ++i) lanes[i] = {((Retire*)waiting[i])->t, ((Retire*)waiting[i])->first + k};
+    multiply(lanes);
+  }
 }
 
 bool written_by(const Wgmma& p, void* reg, u32 r) {
@@ -199,13 +216,10 @@ void wgmma_commit(Thread& t) {
 
 void wgmma_wait(Thread& t, u32 keep) {
   HopperThread& me = hopper(t).threads[t.index];
-  collective(t, 0xffffffffu, "wgmma.wait_group", nullptr, nullptr);
   size_t done = 0;
-  for (; done < me.pending.size() && me.pending[done].group + keep < me.wgmma_group; ++done) {
-    Wgmma& w = me.pending[done];
-    Lane lane{&t, &w};
-    collective(t, 0xffffffffu, "wgmma completes", &lane, multiply_leader);
-  }
+  while (done < me.pending.size() && me.pending[done].group + keep < me.wgmma_group) ++done;
+  Retire mine{&t, me.pending.data(), done};
+  collective(t, 0xffffffffu, "wgmma.wait_group", &mine, retire_leader);
   me.pending.erase(me.pending.begin(), me.pending.begin() + done);
   if (done) me.wgmma_fenced = false;
 }
@@ -213,14 +227,13 @@ void wgmma_wait(Thread& t, u32 keep) {
 void setmaxnreg(Thread& t, u32 count, bool increase) {
   HopperBlock& h = hopper(t);
   if (count < 24 || count > 256 || count % 8) fail(ASYNC_MISUSE, "setmaxnreg: %u is not a multiple of 8 in 24 .. 256", count);
-  collective(t, 0xffffffffu, "setmaxnreg", nullptr, nullptr);
   u32 groups = (t.block->nwarps + 3) / 4;
   // One block per multiprocessor: 64 Ki registers over the launched threads, in steps of 8 per thread.
   u32 entry = std::min(65536 / (groups * 128) / 8 * 8, 256u);
   if (h.registers.empty()) h.registers.assign(t.block->nwarps, entry);
   u32& mine = h.registers[t.warp];
   if (t.lane != 0) {  // lane 0 does the arithmetic for its warp
-    collective(t, 0xffffffffu, "setmaxnreg ends", nullptr, nullptr);
+    collective(t, 0xffffffffu, "setmaxnreg (waits for registers of other warps)", nullptr, nullptr);
     return;
   }
   if (increase ? count < mine : count > mine)
@@ -233,7 +246,7 @@ void setmaxnreg(Thread& t, u32 count, bool increase) {
   while (total() - mine + count > groups * 4 * entry) yield(t);
   mine = count;
   progress();
-  collective(t, 0xffffffffu, "setmaxnreg ends", nullptr, nullptr);
+  collective(t, 0xffffffffu, "setmaxnreg (waits for registers of other warps)", nullptr, nullptr);
 }
 
 // The leader of a mask is always the same lane, but the manual does not say which: with a seed it is not the first.
