@@ -109,7 +109,7 @@ def run(quick: bool) -> Iterator[Case | Row]:
     todo = cases(quick)
     # Per case: two steps for every head (float64, plain formula) and one for each measurement.
     steps = sum(2 * case.heads + 4 for case in todo)
-    with tqdm(total=steps, unit="step", leave=False, delay=2) as bar:
+    with tqdm(total=steps, unit="step", leave=False, delay=2, mininterval=1) as bar:
         for case in todo:
             bar.set_description(case.dtype + (" causal" if case.causal else ""))
             yield case
