@@ -135,22 +135,19 @@ DEV void query_key_product(Accumulator<M16, N8>& s, const Queries<C>& q, u32 k_s
 
 // O += P V
 template <class C, int M16, int N8, int O8>
-DEV void add_probability_value_product(Accumulator<M16, O8>& o, const Accumulator<M16, N8>& p, u32 v_smem) {
+DEV void add_probability_value_product(Accumulator<M16, O8>& o, const RoundedOperand<typename C::Element, M16, N8>& p, u32 v_smem) {
     using VTile = typename ForwardLayout<C>::VTile;
     const u32 lane = lane_major<VTile>(v_smem);
 #pragma unroll
     for (int step = 0; step < N8 / 2; ++step) {
-        u32 a[M16][4];
-#pragma unroll
-        for (int m = 0; m < M16; ++m) accumulator_to_a<typename C::Element>(a[m], p, m, step);
 #pragma unroll
         for (int n = 0; n < O8; n += 2) {
             u32 b[4];
             load_b_trans<VTile>(b, lane, step * 16, n * 8);
 #pragma unroll
             for (int m = 0; m < M16; ++m) {
-                C::Element::mma(o.x[m][n], a[m], b[0], b[1]);
-                C::Element::mma(o.x[m][n + 1], a[m], b[2], b[3]);
+                C::Element::mma(o.x[m][n], p.a[m][step], b[0], b[1]);
+                C::Element::mma(o.x[m][n + 1], p.a[m][step], b[2], b[3]);
             }
         }
     }
@@ -237,10 +234,11 @@ DEV void forward(const ForwardParams& p) {
             map_scores(s, warp_row, tile_keys.begin,
                        [&](float x, int row, int key) { return mask.keep(row, key) ? x : neg_infinity(); });
         softmax.update(s, o);  // s becomes P
+        const RoundedOperand<Element, L::M16, C::BLOCK_K / 8> rounded(s);
         const u32 v_smem = pipeline.v(tile);
         const bool repaired = mask.isolates(rows, tile_keys) &&
                               remove_non_finite<Element, typename L::VTile, L::THREADS>(v_smem);
-        add_probability_value_product<C>(o, s, v_smem);
+        add_probability_value_product<C>(o, rounded, v_smem);
         if (repaired)
             add_non_finite<Element>(o, v_gmem, tile_keys, warp_row,
                                     [&](int row, int key) { return mask.keep(row, key); });

@@ -83,6 +83,22 @@ DEV void accumulator_to_a(u32 (&a)[4], const Accumulator<M16, N8>& acc, int m, i
     a[3] = Element::pack(right[2], right[3]);
 }
 
+// The A operands of the next product made of an accumulator: the layouts agree, only rounding is needed.
+template <class Element, int M16, int N8>
+struct RoundedOperand {
+    u32 a[M16][N8 / 2][4];  // [.][k16 step]
+
+    DEV_METHOD explicit RoundedOperand(const Accumulator<M16, N8>& acc) {
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int n = 0; n < N8; ++n)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    a[m][n / 2][n % 2 * 2 + half] = Element::pack(acc.x[m][n][2 * half], acc.x[m][n][2 * half + 1]);
+    }
+};
+
 // ---- global memory --------------------------------------------------------------------------------------------------
 
 // [rows, columns] of one head: element (r, c) at base[r * stride + c]. `vector`: every row is 16-byte aligned and columns % 8 == 0.
