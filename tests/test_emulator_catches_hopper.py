@@ -1,4 +1,5 @@
-"""The emulator catches the mistakes one makes with TMA, mbarriers and wgmma: each is planted in a kernel that is right without it.
+"""The emulator catches the mistakes one makes with TMA, mbarriers and wgmma: each is planted in a
+kernel that is right without it.
 
 On a GPU most of them pass, or fail once in a thousand launches.
 """
@@ -45,7 +46,8 @@ def run(bug: str, seed: int = 0, **checks: bool) -> tuple[np.ndarray, np.ndarray
     )
     out = m.memory.empty((128, 64), np.float32)
     maps = [
-        tensor_map(x.ctypes.data, "float16", (64, len(x)), (128,), (64, 64), swizzle=128) for x in (q, k, v)
+        tensor_map(x.ctypes.data, "float16", (64, len(x)), (128,), (64, 64), swizzle=128)
+        for x in (q, k, v)
     ]
     maps.append(tensor_map(out.ctypes.data, "float32", (64, 128), (256,), (32, 64), swizzle=128))
     m.launch("ring", 1, 384, SHARED, [*maps, np.int32(TILES)], seed=seed, **checks)

@@ -1,6 +1,8 @@
-"""Small broken kernels, one per rule of mbarriers, bulk copies, wgmma and setmaxnreg, and the limits of tensor maps.
+"""Small broken kernels, one per rule of mbarriers, bulk copies, wgmma and setmaxnreg, and the
+limits of tensor maps.
 
-`test_emulator_catches_hopper.py` plants bugs in a whole kernel; here each rule stands alone, and all kernels are one module.
+`test_emulator_catches_hopper.py` plants bugs in a whole kernel; here each rule stands alone, and
+all kernels are one module.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ static __device__ __forceinline__ void load(u32 to, const void* from, u32 bytes,
         "r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(b));
 }
 """
-# name -> (error, words in its message, statements of one thread; `b` and `b2` are barriers, `data` 1 KiB of shared memory)
+# name -> (error, words in its message, statements of one thread; `b` and `b2` are barriers, `data`
+# 1 KiB of shared memory)
 ONE_THREAD = {
     "arrive_without_init": (AsyncMisuse, "no mbarrier was initialised", "arrive(b, 1);"),
     "init_of_zero": (AsyncMisuse, "not in 1", "init(b, 0);"),
@@ -70,9 +73,17 @@ ONE_THREAD = {
         'asm volatile("mbarrier.arrive.noComplete.shared.b64 %0, [%1], 2;" : "=l"(s) : "r"(b) : "memory");',
     ),
     "too_many_bytes": (AsyncMisuse, "more than the 2", "init(b, 2); expect(b, 1048576);"),
-    "overwritten": (AsyncMisuse, "overwritten", "init(b, 1); *(volatile u32*)(smem + 1024) = 7; arrive(b, 1);"),
+    "overwritten": (
+        AsyncMisuse,
+        "overwritten",
+        "init(b, 1); *(volatile u32*)(smem + 1024) = 7; arrive(b, 1);",
+    ),
     "endless_wait": (Deadlock, "1 of 1 arrivals", "init(b, 1); while (!done(b, 0)) {}"),
-    "barrier_never_published": (AsyncMisuse, "fence.mbarrier_init", "init(b, 1); expect(b, 64); load(data, in, 64, b);"),
+    "barrier_never_published": (
+        AsyncMisuse,
+        "fence.mbarrier_init",
+        "init(b, 1); expect(b, 64);load(data, in, 64, b);",
+    ),
     "load_never_waited_for": (
         AsyncMisuse,
         "nobody waited for",
@@ -96,9 +107,21 @@ ONE_THREAD = {
         'PTX("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;", "r"(b), "r"(64));',
     ),
     "size_not_16": (Misaligned, "multiple of 16", "init(b, 1); publish(); load(data, in, 24, b);"),
-    "source_not_16": (Misaligned, "16-byte aligned", "init(b, 1); publish(); load(data, (const u8*)in + 8, 64, b);"),
-    "source_too_short": (OutOfBounds, "outside every allocation", "init(b, 1); publish(); load(data, in + 248, 64, b);"),
-    "target_too_long": (OutOfBounds, "outside the", "init(b, 1); publish(); load(data + 1024, in, 512, b);"),
+    "source_not_16": (
+        Misaligned,
+        "16-byte aligned",
+        "init(b, 1); publish(); load(data, (const u8*)in + 8, 64, b);",
+    ),
+    "source_too_short": (
+        OutOfBounds,
+        "outside every allocation",
+        "init(b, 1); publish();load(data, in + 248, 64, b);",
+    ),
+    "target_too_long": (
+        OutOfBounds,
+        "outside the",
+        "init(b, 1); publish(); load(data + 1024, in, 512, b);",
+    ),
     "load_over_unfenced_stores": (
         AsyncMisuse,
         "overwrites shared offset 0",
@@ -113,7 +136,8 @@ ONE_THREAD = {
         AsyncMisuse,
         "no tensor map",
         "init(b, 1); publish(); expect(b, 64);"
-        'PTX("cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2}], [%3];",'
+        'PTX("cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes'
+        ' [%0], [%1, {%2}], [%3];",'
         ' "r"(data), "l"(in), "r"(0), "r"(b));',
     ),
 }
@@ -191,7 +215,7 @@ def test_rule_of_many_threads(name: str) -> None:
         launch(name, threads)
 
 
-# ------------------------------------------------------------------------------------------- fences between the proxies
+# ---- fences between the proxies
 def _without_proxy_fence(form: Form) -> str:
     text = unit_source([form])
     fence = 'asm volatile("fence.proxy.async.shared::cta;" ::: "memory");'
@@ -199,7 +223,9 @@ def _without_proxy_fence(form: Form) -> str:
     return text.replace(fence, "")
 
 
-@pytest.mark.parametrize("name", ["wgmma_ss_n8", "wgmma_rs_n8", "tma_store_2d_inside", "bulk_store"])
+@pytest.mark.parametrize(
+    "name", ["wgmma_ss_n8", "wgmma_rs_n8", "tma_store_2d_inside", "bulk_store"]
+)
 def test_ordinary_stores_must_be_fenced_before_the_async_proxy_reads(name: str) -> None:
     form = {f.name: f for f in [*WGMMA_FORMS, *BULK_FORMS]}[name]
     runner = EmulatorRunner([form])
@@ -223,7 +249,9 @@ def test_ordinary_stores_must_be_fenced_before_the_async_proxy_reads(name: str) 
 @pytest.mark.parametrize("fenced", [True, False])
 def test_every_kind_of_ordinary_write_counts(write: str, fenced: bool) -> None:
     fence = 'PTX("fence.proxy.async.shared::cta;", "r"(0));' if fenced else ""
-    store = 'PTX("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;", "l"(out), "r"(data));'
+    store = (
+        'PTX("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 128;", "l"(out), "r"(data));'
+    )
     wait = 'PTX("cp.async.bulk.commit_group;", "r"(0)); PTX("cp.async.bulk.wait_group 0;", "r"(0));'
     body = f"const u32 lane = threadIdx.x; {write} {fence} __syncwarp(); if (lane == 0) {{ {store} {wait} }}"
     m = Module(_compile(PRELUDE + FUNCTIONS + _kernel("kernel", body, 32)))
@@ -240,7 +268,7 @@ def _compile(text: str) -> str:
     return Nvrtc().ptx(text, "compute_90a", OPTIONS, name="fences.cu")
 
 
-# --------------------------------------------------------------------------------------------------------- elect, clusters
+# ---- elect, clusters
 def test_elected_lane_depends_on_the_seed_but_not_on_the_call() -> None:
     body = """
     u32 leader;
@@ -267,8 +295,15 @@ def test_clusters_of_several_blocks_are_refused_where_they_matter() -> None:
         m.launch("kernel", 2, 32, 1040, [out, out], cluster=2)
 
 
-# ------------------------------------------------------------------------------------------------------------ tensor maps
-GOOD = {"pointer": 256, "kind": "float16", "dims": (64, 10), "strides": (128,), "box": (64, 8), "swizzle": 128}
+# ---- tensor maps
+GOOD = {
+    "pointer": 256,
+    "kind": "float16",
+    "dims": (64, 10),
+    "strides": (128,),
+    "box": (64, 8),
+    "swizzle": 128,
+}
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,28 @@
-"""Every instruction form the kernels use computes what the PTX manual says: in the emulator, and with --gpu on hardware.
+"""Every instruction form the kernels use computes what the PTX manual says: in the emulator, and
+with --gpu on hardware.
 
-References are NumPy, written from the manual's tables. With `--gpu --record-goldens` the outputs of the device are kept under
-tests/golden, and from then on every machine compares with those, too.
+References are NumPy, written from the manual's tables. With `--gpu --record-goldens` the outputs of
+the device are kept under tests/golden, and from then on every machine compares with those, too.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.emulator.codegen import EMITTERS, load_emitters
 from tests.emulator.nvrtc import Nvrtc
 from tests.instructions import golden
 from tests.instructions.catalogue import BY_NAME, FORMS
 from tests.instructions.form import Case, blank, mismatch, unit_source
 from tests.instructions.launch import OPTIONS, EmulatorRunner, GpuRunner, architecture
 
+# Moves of a register to itself and of special registers: what they compute needs no table of the
+# manual.
+TRIVIAL = {"mov.u32", "mov.b32"}
 GROUPS = sorted({form.group for form in FORMS})
 _EMULATOR = pytest.param(EmulatorRunner, id="emulator")
 _GPU = pytest.param(GpuRunner, id="gpu", marks=pytest.mark.gpu)
@@ -60,7 +66,27 @@ def test_ptxas_accepts_every_form(group: str) -> None:
     assert "serializ" not in compiler.log
 
 
-# ---------------------------------------------------------------------------------------- the suite's own machinery
+def _opcodes(text: str) -> set[str]:
+    """Dotted PTX opcodes in the string literals of CUDA source."""
+    load_emitters()
+    bases = {prefix.split(".")[0] for prefix in EMITTERS}
+    literals = " ".join(re.findall(r'"((?:[^"\\]|\\.)*)"', text))
+    words = re.findall(r"(?<![\w.%])[a-z]\w*(?:\.[A-Za-z][\w:]*)+", literals)
+    return {w for w in words if w.split(".")[0] in bases}
+
+
+def test_every_instruction_written_in_the_kernels_has_a_form() -> None:
+    known = set().union(*(_opcodes(form.functions + form.source()) for form in FORMS))
+    kernels = Path(__file__).resolve().parent.parent / "kernels_cu"
+    missing = {
+        f"{opcode} ({path.name})"
+        for path in kernels.glob("*.cuh")
+        for opcode in _opcodes(path.read_text()) - known - TRIVIAL
+    }
+    assert not missing, sorted(missing)
+
+
+# ---- the suite's own machinery
 @pytest.mark.parametrize("name", ["mma_m16n8k16_f32_f16_f16_f32", "bulk_store"])
 def test_golden_files_are_recorded_and_compared(name: str, tmp_path: Path) -> None:
     form = BY_NAME[name]

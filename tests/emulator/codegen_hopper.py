@@ -1,4 +1,5 @@
-"""Emitters of the Hopper instructions: mbarrier, bulk copies, wgmma, clusters (runtime/hopper.h says what they do)."""
+"""Emitters of the Hopper instructions: mbarrier, bulk copies, wgmma, clusters (runtime/hopper.h
+says what they do)."""
 
 from __future__ import annotations
 
@@ -32,14 +33,15 @@ SHARED = ("shared", "shared::cta", "shared::cluster")
 
 
 def _begin(e: Emitter) -> None:
-    """Set the site, and let the kernel begin by creating the block's state: stores before its first use count, too."""
+    """Set the site, and let the kernel begin by creating the block's state: stores before its first
+    use count, too."""
     begin = "  emu::hopper_begin(t);"
     if begin not in e.declarations:
         e.declarations.append(begin)
     e.site()
 
 
-# -------------------------------------------------------------------------------------------------- fences and clusters
+# ---- fences and clusters
 @emits("fence.mbarrier_init")
 def fence_mbarrier_init(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("release", "cluster")
@@ -57,7 +59,8 @@ def fence_proxy_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 @emits("fence.proxy.alias", "fence.proxy.tensormap::generic")
 def fence_proxy_other(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """Tensor maps are read when a copy is issued and memory has one address each: nothing to order."""
+    """Tensor maps are read when a copy is issued and memory has one address each: nothing to
+    order."""
     m.flag("release", "acquire", "sync_restrict::shared::cta", "cta", "cluster", "gpu", "sys")
     e.line("(void)0;")
 
@@ -69,7 +72,8 @@ def prefetch_tensormap(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 @emits("barrier.cluster")
 def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """A cluster of one block: the wait is a barrier over the block, the arrive has nothing to add to it."""
+    """A cluster of one block: the wait is a barrier over the block, the arrive has nothing to add
+    to it."""
     m.flag("release", "relaxed", "acquire", "aligned")
     what = m.one_of("arrive", "wait")
     _begin(e)
@@ -78,10 +82,11 @@ def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
         e.line("emu::barrier_sync(t, 0, 0, false);")
 
 
-# ------------------------------------------------------------------------------------------------------------ mbarrier
+# ---- mbarrier
 @emits("mbarrier")
 def mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """mbarrier.{init, inval, arrive, arrive_drop, expect_tx, complete_tx, test_wait, try_wait, pending_count}."""
+    """mbarrier.{init, inval, arrive, arrive_drop, expect_tx, complete_tx, test_wait, try_wait,
+    pending_count}."""
     _begin(e)
     m.flag("b64", *SHARED)
     m.flag("release", "acquire", "relaxed", "cta", "cluster")
@@ -130,7 +135,7 @@ def _wait(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, may_block: bool
     e.write(ops[0], "pred", call)
 
 
-# --------------------------------------------------------------------------------------------------------- bulk copies
+# ---- bulk copies
 @emits("cp.async.mbarrier.arrive")
 def cp_async_mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("b64", *SHARED)
@@ -229,7 +234,7 @@ def _map(e: Emitter, operand: Operand, rank: int) -> tuple[str, str]:
     return address, ", ".join(e.read(c, "s32") for c in coordinates)
 
 
-# --------------------------------------------------------------------------------------------------------------- wgmma
+# ---- wgmma
 @emits("wgmma")
 def wgmma(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """wgmma.{fence, commit_group, wait_group, mma_async}."""
@@ -314,7 +319,7 @@ def _immediate(e: Emitter, operand: Operand) -> int:
     return operand.value
 
 
-# --------------------------------------------------------------------------------------------------------- single ones
+# ---- single ones
 @emits("setmaxnreg")
 def setmaxnreg(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """setmaxnreg.{inc, dec}.sync.aligned.u32."""

@@ -1,7 +1,9 @@
-"""Tensor maps without a driver: checks what cuTensorMapEncodeTiled checks and writes the emulator's own 128 bytes.
+"""Tensor maps without a driver: checks what cuTensorMapEncodeTiled checks and writes the emulator's
+own 128 bytes.
 
-The hardware's encoding is opaque, so the emulator has one of its own (`TensorMap` in runtime/hopper_state.h). The limits are
-those of the driver: a map that this function refuses would be refused on a GPU.
+The hardware's encoding is opaque, so the emulator has one of its own (`TensorMap` in
+runtime/hopper_state.h). The limits are those of the driver: a map that this function refuses would
+be refused on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ ELEMENTS = {
 LAYOUT = np.dtype(
     [
         ("magic", "u8"), ("base", "u8"), ("dim", "u8", 5), ("stride", "u8", 4), ("box", "u2", 5),
-        ("rank", "u1"), ("element_bytes", "u1"), ("type", "u1"), ("swizzle", "u1"), ("fill_nan", "u1"), ("reserved", "u1", 25),
+        ("rank", "u1"), ("element_bytes", "u1"), ("type", "u1"), ("swizzle", "u1"),
+        ("fill_nan", "u1"), ("reserved", "u1", 25),
     ]
 )  # fmt: skip
 assert LAYOUT.itemsize == 128

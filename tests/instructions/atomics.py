@@ -1,4 +1,5 @@
-"""Atomic adds on global memory, scalar and vector; sums are exact, so their order does not matter."""
+"""Atomic adds on global memory, scalar and vector; sums are exact, so their order does not
+matter."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def _red_pair(kind: str, dtype: np.dtype, group: str) -> Form:
 
 
 def _tickets(rng: np.random.Generator) -> Case:
-    """atom returns the old value: 32 lanes adding 1 draw the tickets start .. start + 31, each once."""
+    """atom returns the old value: 32 lanes adding 1 draw the tickets start .. start + 31, each
+    once."""
     start = rng.integers(0, 2**31, 1, np.uint32)
     drawn = np.ones(32, np.uint32)
     return Case(

@@ -1,4 +1,5 @@
-"""Bulk copies: plain ones, and TMA boxes of every rank, swizzle and direction, with boxes that hang over every edge."""
+"""Bulk copies: plain ones, and TMA boxes of every rank, swizzle and direction, with boxes that hang
+over every edge."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32, "uint8": np.uint8}
 VALUES = {"float16": np.dtype(np.float16), "bfloat16": BF16, "float32": np.dtype(np.float32)}
 
-# Every kernel has its barrier behind the data; one thread drives the copy, 32 threads move shared memory out or in.
+# Every kernel has its barrier behind the data; one thread drives the copy, 32 threads move shared
+# memory out or in.
 OPEN = """
     const u32 barrier = shared_address(smem) + {bytes}, data = shared_address(smem); (void)data; (void)barrier;
     if (lane == 0) {{
@@ -23,7 +25,8 @@ OPEN = """
     }}
     __syncthreads();"""
 EXPECT = """
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"({bytes}) : "memory");"""
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+            :: "r"(barrier), "r"({bytes}) : "memory");"""
 WAIT_AND_COPY_OUT = """
     while (!try_parity(barrier, 0)) {{}}
     for (u32 i = lane; i < {bytes} / 16; i += 32) ((uint4*)out)[i] = ((const uint4*)smem)[i];"""
@@ -40,8 +43,8 @@ COMMIT_AND_WAIT = """
 def swizzled(rows: np.ndarray, span: int) -> np.ndarray:
     """Bytes of a box, [rows, row bytes], as they lie in shared memory.
 
-    The pattern repeats every 8 rows of the span: 16-byte chunk c of row r goes to chunk c ^ (r % 8) for 128 bytes,
-    c ^ (r / 2 % 4) for 64, c ^ (r / 4 % 2) for 32.
+    The pattern repeats every 8 rows of the span: 16-byte chunk c of row r goes to chunk c ^ (r % 8)
+    for 128 bytes, c ^ (r / 2 % 4) for 64, c ^ (r / 4 % 2) for 32.
     """
     if not span:
         return rows
@@ -69,7 +72,8 @@ class Box:
         return int(np.prod(self.box)) * np.dtype(BITS[self.kind]).itemsize
 
     def tensor(self, rng: np.random.Generator) -> np.ndarray:
-        """Random elements, rows padded to 16 bytes so that strides are legal; [outermost, ..., innermost]."""
+        """Random elements, rows padded to 16 bytes so that strides are legal; [outermost, ...,
+        innermost]."""
         bits = np.dtype(BITS[self.kind])
         per_row = -(-self.dims[0] * bits.itemsize // 16) * 16 // bits.itemsize
         shape = (*reversed(self.dims[1:]), per_row)
@@ -82,7 +86,8 @@ class Box:
         return MapOf(buffer, self.kind, self.dims, strides, self.box, self.swizzle)
 
     def index(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-        """Index arrays into the tensor (outermost first) of every box element, and which of them lie inside."""
+        """Index arrays into the tensor (outermost first) of every box element, and which of them
+        lie inside."""
         axes = [c + np.arange(n) for c, n in zip(self.at, self.box, strict=True)][::-1]
         grid = np.meshgrid(*axes, indexing="ij")
         extents = self.dims[::-1]

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from . import atomics, bulk, copies, elementwise, handshakes, mma, shared_matrix, warp, wgmma
+from . import (
+    atomics,
+    bulk,
+    copies,
+    elementwise,
+    handshakes,
+    memory,
+    mma,
+    shared_matrix,
+    warp,
+    wgmma,
+)
 from .form import Form
 
 FORMS: list[Form] = [
     form
-    for module in (mma, shared_matrix, copies, elementwise, warp, atomics, handshakes, bulk, wgmma)
+    for module in (
+        mma,
+        shared_matrix,
+        copies,
+        memory,
+        elementwise,
+        warp,
+        atomics,
+        handshakes,
+        bulk,
+        wgmma,
+    )
     for form in module.FORMS
 ]
 BY_NAME = {form.name: form for form in FORMS}

@@ -10,7 +10,8 @@ THREADS = 32
 
 
 def _case(size: int, kept: np.ndarray | None, rng: np.random.Generator) -> Case:
-    """Thread i copies chunk order[i] to place i; `kept` bytes of each chunk survive, the rest is zero."""
+    """Thread i copies chunk order[i] to place i; `kept` bytes of each chunk survive, the rest is
+    zero."""
     source = rng.integers(0, 256, (THREADS, size), np.uint8)
     order = rng.permutation(THREADS).astype(np.uint32)
     keep = np.full(THREADS, size) if kept is None else kept[rng.integers(0, len(kept), THREADS)]
@@ -48,7 +49,8 @@ def _groups_case(rng: np.random.Generator) -> Case:
     )
 
 
-# Each stage is read by its own thread right after the wait that covers it; the middle commit closes an empty group.
+# Each stage is read by its own thread right after the wait that covers it; the middle commit closes
+# an empty group.
 GROUPS = Form(
     name="cp_async_groups",
     group="sm_80",

@@ -1,9 +1,11 @@
-"""Conversions, packed arithmetic and approximate functions: one value in, one value out, awkward values included."""
+"""Conversions, packed arithmetic and approximate functions: one value in, one value out, awkward
+values included."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from fractions import Fraction
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +39,8 @@ def _values(rng: np.random.Generator, dtype: np.dtype, low: float, high: float) 
 
 
 def truncate(x: np.ndarray, bits: int, rounding: str) -> np.ndarray:
-    """Round the float32 significand to `bits` fewer bits: to nearest, ties away ("rna") or ties to even ("rn")."""
+    """Round the float32 significand to `bits` fewer bits: to nearest, ties away ("rna") or ties to
+    even ("rn")."""
     u = x.view(np.uint32).astype(np.uint64)
     half = np.uint64(1 << (bits - 1))
     odd = (u >> np.uint64(bits)) & np.uint64(1)
@@ -48,9 +51,15 @@ def truncate(x: np.ndarray, bits: int, rounding: str) -> np.ndarray:
 
 
 class Op:
-    """A unary, binary or ternary instruction applied to COUNT elements, `width` of them per register."""
+    """A unary, binary or ternary instruction applied to COUNT elements, `width` of them per
+    register."""
 
-    KINDS = {F16: ("u16", "h"), BF16: ("u16", "h"), F32: ("float", "f"), F64: ("double", "d")}
+    KINDS: ClassVar = {
+        F16: ("u16", "h"),
+        BF16: ("u16", "h"),
+        F32: ("float", "f"),
+        F64: ("double", "d"),
+    }
     KINDS |= {np.dtype(np.int32): ("i32", "r"), np.dtype(np.uint32): ("u32", "r")}
 
     def __init__(
@@ -130,7 +139,8 @@ def _pack_form(ptx: str, group: str, dtype: np.dtype) -> Form:
 
 
 def narrow(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round once to `dtype`. ml_dtypes rounds float64 to bfloat16 through float32, which would round twice."""
+    """Round once to `dtype`. ml_dtypes rounds float64 to bfloat16 through float32, which would
+    round twice."""
     if dtype != BF16 or x.dtype != F64:
         return x.astype(dtype)
     near = x.astype(F32)
@@ -162,7 +172,8 @@ def relative(bound: float) -> Reference:
 
 
 def _d(function: Reference) -> Reference:
-    """Evaluate in float64, so that the reference itself is correctly rounded to well below the tolerance."""
+    """Evaluate in float64, so that the reference itself is correctly rounded to well below the
+    tolerance."""
     return lambda *x: function(*(v.astype(np.float64) for v in x))
 
 
@@ -193,25 +204,53 @@ PACKED = [
 
 
 def _fma(dtype: np.dtype) -> Reference:
-    """float64 holds the product of two 11-bit significands exactly; the sum is rounded once more below 2^-52."""
+    """float64 holds the product of two 11-bit significands exactly; the sum is rounded once more
+    below 2^-52."""
     return lambda a, b, c: narrow(_d(lambda x, y, z: x * y + z)(a, b, c), dtype)
 
 
-# Double rounding (to float64 first) can differ from the true fma by one unit only when the sum lies within 2^-52 of a tie.
+def _fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """One rounding: rational arithmetic where the values are finite."""
+    out = (a.astype(F64) * b + c).astype(F32)  # right for infinities and NaN
+    for i in np.flatnonzero(np.isfinite(a) & np.isfinite(b) & np.isfinite(c)):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        out[i] = round_fraction(exact) if exact else out[i]
+    return out
+
+
+def round_fraction(x: Fraction) -> np.float32:
+    """The float32 nearest to a rational number, ties to even."""
+    near = np.float32(
+        float(x)
+    )  # float(Fraction) is correctly rounded to float64, so at most one step off
+    if not np.isfinite(near):
+        return near
+    steps = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
+    steps = [s for s in steps if np.isfinite(s)]
+    return min(steps, key=lambda s: (abs(Fraction(float(s)) - x), int(s.view(np.uint32)) & 1))
+
+
+# Double rounding (to float64 first) can differ from the true fma by one unit only when the sum lies
+# within 2^-52 of a tie.
 ARITHMETIC = [
     Op("add.rn.f16x2", "sm_75", [F16, F16], F16, lambda a, b: _d(np.add)(a, b), width=2),
     Op("mul.rn.f16x2", "sm_75", [F16, F16], F16, lambda a, b: _d(np.multiply)(a, b), width=2),
     Op("fma.rn.f16x2", "sm_75", [F16, F16, F16], F16, _fma(F16), width=2),
     Op("fma.rn.bf16x2", "sm_80", [BF16, BF16, BF16], BF16, _fma(BF16), width=2),
     Op("max.f16x2", "sm_80", [F16, F16], F16, np.fmax, width=2),
+    Op("min.NaN.f32", "sm_80", [F32, F32], F32, np.minimum),
+    Op("max.NaN.f32", "sm_80", [F32, F32], F32, np.maximum),
+    Op("min.f32", "sm_75", [F32, F32], F32, np.fmin),
+    Op("max.f32", "sm_75", [F32, F32], F32, np.fmax),
+    Op("fma.rn.f32", "sm_75", [F32, F32, F32], F32, _fma32),
     Op("add.rn.f32", "sm_75", [F32, F32], F32, np.add),
     Op("mul.rn.f32", "sm_75", [F32, F32], F32, np.multiply),
     Op("div.rn.f32", "sm_75", [F32, F32], F32, np.divide),
     Op("sqrt.rn.f32", "sm_75", [F32], F32, np.sqrt),
     Op("rcp.rn.f32", "sm_75", [F32], F32, lambda x: np.float32(1) / x),
 ]
-# Stated bounds: PTX ISA, the precision tables of each instruction. .ftz forms are given inputs and results that are
-# normal numbers or zero, except where flushing itself is the point.
+# Stated bounds: PTX ISA, the precision tables of each instruction. .ftz forms are given inputs and
+# results that are normal numbers or zero, except where flushing itself is the point.
 APPROXIMATE = [
     Op(
         "ex2.approx.ftz.f32",

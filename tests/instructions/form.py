@@ -1,4 +1,5 @@
-"""What a conformance form is, so that each instruction file only states its kernel, its inputs and its reference."""
+"""What a conformance form is, so that each instruction file only states its kernel, its inputs and
+its reference."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-# Kernels are batched into one translation unit per group: front-end and C++ compile time dominate, not the kernels.
+# Kernels are batched into one translation unit per group: front-end and C++ compile time dominate,
+# not the kernels.
 PRELUDE = """
 typedef unsigned char u8; typedef unsigned short u16; typedef unsigned int u32;
 typedef int i32; typedef unsigned long long u64; typedef long long i64;
@@ -28,7 +30,8 @@ class Output:
     Parameters
     ----------
     initial : ndarray
-        Contents before the launch; `blank` makes one filled with 0xFF bytes so that an unwritten element shows.
+        Contents before the launch; `blank` makes one filled with 0xFF bytes so that an unwritten
+        element shows.
     """
 
     initial: np.ndarray
@@ -80,7 +83,8 @@ class Case:
     expected : sequence of ndarray
         One per Output, in argument order.
     tolerance : sequence
-        One per Output, absolute, broadcastable to it; None means bitwise equal (NaN anywhere NaN is expected).
+        One per Output, absolute, broadcastable to it; None means bitwise equal (NaN anywhere NaN is
+        expected).
     """
 
     arguments: Sequence[Any]
@@ -165,9 +169,11 @@ def constraints(kind: str, name: str, count: int) -> str:
 
 
 def mismatch(actual: np.ndarray, expected: np.ndarray, tolerance: Any) -> str | None:
-    """None when `actual` agrees with `expected`, else a sentence with the worst position and both values.
+    """None when `actual` agrees with `expected`, else a sentence with the worst position and both
+    values.
 
-    `tolerance` None demands equal bits; NaN is equal to any NaN, because its payload is unspecified.
+    `tolerance` None demands equal bits; NaN is equal to any NaN, because its payload is
+    unspecified.
     """
     if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return f"{actual.dtype}{actual.shape} where {expected.dtype}{expected.shape} was expected"

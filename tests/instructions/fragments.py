@@ -1,7 +1,8 @@
-"""Where every matrix element of a tensor instruction lives, as index arrays (the PTX tables, in one place).
+"""Where every matrix element of a tensor instruction lives, as index arrays (the PTX tables, in one
+place).
 
-Each function returns (rows, columns) shaped [lanes, elements]: `matrix[rows, columns]` is what the lanes hold, in register
-order. With g = lane // 4 and t = lane % 4 as in the PTX manual.
+Each function returns (rows, columns) shaped [lanes, elements]: `matrix[rows, columns]` is what the
+lanes hold, in register order. With g = lane // 4 and t = lane % 4 as in the PTX manual.
 """
 
 from __future__ import annotations

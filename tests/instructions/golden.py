@@ -1,6 +1,8 @@
-"""Outputs of a real GPU, kept so that machines without one can still compare the emulator with hardware.
+"""Outputs of a real GPU, kept so that machines without one can still compare the emulator with
+hardware.
 
-`pytest --gpu --record-goldens tests/test_instructions.py` writes them; a golden file knows which inputs it belongs to.
+`pytest --gpu --record-goldens tests/test_instructions.py` writes them; a golden file knows which
+inputs it belongs to.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ def compare(
 ) -> str | None:
     """None when the outputs agree with the golden file, or when there is none; else what differs.
 
-    The tolerance is the one the form states against its reference: the hardware is inside it on one side, the outputs on the other,
-    so two results may be twice as far apart.
+    The tolerance is the one the form states against its reference: the hardware is inside it on one
+    side, the outputs on the other, so two results may be twice as far apart.
     """
     file = path(form, directory)
     if not file.exists():

@@ -1,4 +1,5 @@
-"""mbarrier handshakes: threads pass values through shared memory, ordered by nothing but the barrier under test."""
+"""mbarrier handshakes: threads pass values through shared memory, ordered by nothing but the
+barrier under test."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ static __device__ __forceinline__ bool try_parity(u32 barrier, u32 parity) {
 
 
 def _rotate_case(rounds: int, rng: np.random.Generator) -> Case:
-    """Every round thread i adds what thread i + 1 (cyclically) held after the round before, times 3."""
+    """Every round thread i adds what thread i + 1 (cyclically) held after the round before, times
+    3."""
     start = rng.integers(0, 2**32, THREADS, np.uint32)
     value = start.copy()
     for _ in range(rounds):
@@ -45,7 +47,8 @@ def _rotate_case(rounds: int, rng: np.random.Generator) -> Case:
 
 
 def _rotate(name: str, group: str, arrive: str, count: int, wait: str, rounds: int = 5) -> Form:
-    """`arrive` signals barrier %1 (and may set `state`); `wait` is true when the phase that ends the round is over."""
+    """`arrive` signals barrier %1 (and may set `state`); `wait` is true when the phase that ends
+    the round is over."""
     return Form(
         name=name,
         group=group,
@@ -76,8 +79,10 @@ _ARRIVE = (
 )
 _SINK = 'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");'
 # Every thread of an even warp arrives once, of an odd warp three times at once: 64 + 3 * 64.
-_COUNTED = 'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(thread & 32 ? 3 : 1) : "memory");'
-_RELEASE = 'asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(barrier) : "memory");'
+_COUNTED = """asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;"
+            :: "r"(barrier), "r"(thread & 32 ? 3 : 1) : "memory");"""
+_RELEASE = """asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 %0, [%1];"
+            : "=l"(state) : "r"(barrier) : "memory");"""
 
 
 def _pending_case(rng: np.random.Generator) -> Case:
@@ -110,7 +115,8 @@ PENDING = Form(
 
 
 def _parity_case(rng: np.random.Generator) -> Case:
-    """A fresh barrier: parity 1 counts as over, parity 0 does not; after one phase it is the other way round."""
+    """A fresh barrier: parity 1 counts as over, parity 0 does not; after one phase it is the other
+    way round."""
     return Case([blank(4, np.uint32)], [np.array([0, 1, 1, 0], np.uint32)])
 
 
@@ -175,9 +181,11 @@ def _copy_case(rng: np.random.Generator) -> Case:
 
 
 def _copy(noinc: bool) -> Form:
-    """cp.async completes on an mbarrier; each thread reads what its neighbour copied, in two phases.
+    """cp.async completes on an mbarrier; each thread reads what its neighbour copied, in two
+    phases.
 
-    Without .noinc the arrival adds to the pending count first, so the threads' own arrivals complete the phase.
+    Without .noinc the arrival adds to the pending count first, so the threads' own arrivals
+    complete the phase.
     """
     arrive = (
         'asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"(barrier) : "memory");'

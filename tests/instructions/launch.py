@@ -1,4 +1,5 @@
-"""Runs a form's case where the tests run: in the emulator, or on a GPU with CuPy. Both see the same inputs.
+"""Runs a form's case where the tests run: in the emulator, or on a GPU with CuPy. Both see the same
+inputs.
 
 Each runner compiles all forms of a group as one translation unit, once.
 """
@@ -115,7 +116,8 @@ class EmulatorRunner:
 
 
 class GpuRunner:
-    """Launches on the current CUDA device through CuPy, from a cubin that NVRTC makes for exactly that architecture."""
+    """Launches on the current CUDA device through CuPy, from a cubin that NVRTC makes for exactly
+    that architecture."""
 
     def __init__(self, forms: Sequence[Form]) -> None:
         import cupy

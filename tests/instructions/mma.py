@@ -40,16 +40,18 @@ class Shape:
 
 
 def truncate_tf32(x: np.ndarray) -> np.ndarray:
-    """What a tensor core reads of an fp32 register in a tf32 instruction: the low 13 bits are ignored."""
+    """What a tensor core reads of an fp32 register in a tf32 instruction: the low 13 bits are
+    ignored."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def accumulate_tolerance(a: np.ndarray, b: np.ndarray, c: np.ndarray, cd: np.dtype) -> np.ndarray:
     """Bound on |computed - exact| for one instruction.
 
-    Tensor cores align the K products and C to a common exponent and drop bits below it: each addend loses less than one unit in
-    the last place of the largest partial sum (2^-23 of the sum of magnitudes), and storing the result loses one unit of the
-    output type. fp64 instructions round every addition to nearest (2^-53).
+    Tensor cores align the K products and C to a common exponent and drop bits below it: each addend
+    loses less than one unit in the last place of the largest partial sum (2^-23 of the sum of
+    magnitudes), and storing the result loses one unit of the output type. fp64 instructions round
+    every addition to nearest (2^-53).
     """
     magnitude = np.abs(a) @ np.abs(b) + np.abs(c)
     unit = 2.0**-53 if cd == F64 else 2.0**-23
@@ -58,7 +60,8 @@ def accumulate_tolerance(a: np.ndarray, b: np.ndarray, c: np.ndarray, cd: np.dty
 
 
 def _grid(rng: np.random.Generator, shape: tuple[int, ...], step: float, top: int) -> np.ndarray:
-    """Random multiples of `step` in [-top, top] * step: small enough that every sum below is exact."""
+    """Random multiples of `step` in [-top, top] * step: small enough that every sum below is
+    exact."""
     return rng.integers(-top, top + 1, shape) * step
 
 
@@ -99,7 +102,8 @@ def _form(s: Shape) -> Form:
     )
     in_type, in_kind = ("double", "d") if s.ab == F64 else ("u32", "r")
     acc_type, acc_kind = {F64: ("double", "d"), F32: ("float", "f"), F16: ("u32", "r")}[s.cd]
-    text = f"{s.ptx} {operands('%{}', nc)}, {operands('%{}', na, nc)}, {operands('%{}', nb, nc + na)}, {operands('%{}', nc)};"
+    d_text, a_text = operands("%{}", nc), operands("%{}", na, nc)
+    text = f"{s.ptx} {d_text}, {a_text}, {operands('%{}', nb, nc + na)}, {d_text};"
     body = f"""
     for (int problem = 0; problem < 2; ++problem) {{
         {in_type} x[{na}], y[{nb}]; {acc_type} z[{nc}];

@@ -1,4 +1,5 @@
-"""ldmatrix, stmatrix and movmatrix: 8x8 matrices of 16-bit elements between shared memory and fragments."""
+"""ldmatrix, stmatrix and movmatrix: 8x8 matrices of 16-bit elements between shared memory and
+fragments."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def _warp_op(
     expected: Callable[[np.ndarray], np.ndarray],
     draw: Callable[[np.random.Generator], np.ndarray],
 ) -> Form:
-    """A collective of one 32-bit value per lane: `asm` maps %1 (and predicate p = value & 1) to %0."""
+    """A collective of one 32-bit value per lane: `asm` maps %1 (and predicate p = value & 1) to
+    %0."""
 
     def make(rng: np.random.Generator) -> Case:
         value = draw(rng)
@@ -158,8 +159,8 @@ VOTES = [
         lambda v: _all(v.view(np.int32).min().view(np.uint32)),
         _bits,
     ),
-    # elect.sync names the same lane to all and sets the predicate in that lane alone; which lane is unspecified,
-    # so the sum of predicates is what is compared.
+    # elect.sync names the same lane to all and sets the predicate in that lane alone; which lane is
+    # unspecified, so the sum of predicates is what is compared.
     _warp_op(
         "elect_sync",
         "sm_90a",

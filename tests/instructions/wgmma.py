@@ -1,7 +1,8 @@
-"""wgmma: every N, both sources of A, both major-nesses, every swizzle, every type; four k steps each, so that stepping counts.
+"""wgmma: N from 8 to 256, both sources of A, both major-nesses, every swizzle, every type; four k steps
+each, so that stepping counts.
 
-Operands are laid out by the slab rule of TMA: a slab is `span` bytes wide, its rows follow each other, and the swizzle moves
-16-byte chunks within a row. One k step is 32 bytes along k.
+Operands are laid out by the slab rule of TMA: a slab is `span` bytes wide, its rows follow each
+other, and the swizzle moves 16-byte chunks within a row. One k step is 32 bytes along k.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ class Product:
             f"{{ .reg .pred p; setp.ne.u32 p, %{regs + used + 1}, 0;\\n{ptx} {operands('%{}', regs)}, {a_text}, "
             f"%{regs + used}, p, {self.sign_a}, {self.sign_b}{transposes}; }}"
         )
-        # Registers of A must live until the wait, so those steps are unrolled; the others share one instruction.
+        # Registers of A must live until the wait, so those steps are unrolled; the others share one
+        # instruction.
         copy_a = f"for (u32 i = thread; i < {a_bytes} / 16; i += 128) ((uint4*)smem)[i] = ((const uint4*)a)[i];"
         body = f"""
     {copy_a if a_bytes else ""}
@@ -196,7 +198,8 @@ class Product:
         return Form(
             name=f"wgmma_{self.name}",
             group="sm_90a_wgmma",
-            parameters=f"const u8* a, const u8* b, const u64* fields, const u32* steps, const {d_type}* c, {d_type}* out",
+            parameters="const u8* a, const u8* b, const u64* fields, const u32* steps, "
+            f"const {d_type}* c, {d_type}* out",
             body=body,
             make=self.make,
             block=128,
