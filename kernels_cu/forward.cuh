@@ -153,19 +153,25 @@ DEV void add_probability_value_product(Accumulator<M16, O8>& o, const RoundedOpe
     }
 }
 
-// x[row, key] = f(x[row, key], row, key) for a warp's tile of scores.
-template <int M16, int N8, class Function>
-DEV void map_scores(Accumulator<M16, N8>& s, int first_row, int first_key, Function f) {
-    const int lane = fresh_thread_id() % 32;
+// A warp's tile of scores and where it lies: map(f) makes every x of it f(x, row, key).
+template <int M16, int N8>
+struct ScoreMap {
+    Accumulator<M16, N8>& s;
+    int first_row, first_key;
+
+    template <class Function>
+    DEV_METHOD void operator()(Function f) const {
+        const int lane = fresh_thread_id() % 32;
 #pragma unroll
-    for (int m = 0; m < M16; ++m)
+        for (int m = 0; m < M16; ++m)
 #pragma unroll
-        for (int n = 0; n < N8; ++n)
+            for (int n = 0; n < N8; ++n)
 #pragma unroll
-            for (int e = 0; e < 4; ++e)
-                s.x[m][n][e] = f(s.x[m][n][e], first_row + m * 16 + e / 2 * 8 + lane / 4,
-                                 first_key + n * 8 + lane % 4 * 2 + e % 2);
-}
+                for (int e = 0; e < 4; ++e)
+                    s.x[m][n][e] = f(s.x[m][n][e], first_row + m * 16 + e / 2 * 8 + lane / 4,
+                                     first_key + n * 8 + lane % 4 * 2 + e % 2);
+    }
+};
 
 // Flips the sign of every element of a tile; all threads, between barriers.
 template <class Tile, int THREADS>
@@ -227,12 +233,10 @@ DEV void forward(const ForwardParams& p) {
         const Range tile_keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
         const u32 k_smem = pipeline.k(tile);
         query_key_product<C>(s, q, k_smem);
-        if constexpr (!C::Score::FOLDED)
-            map_scores(s, warp_row, tile_keys.begin,
-                       [&](float x, int row, int key) { return score.at(x, row, key).log2; });
+        const ScoreMap<L::M16, C::BLOCK_K / 8> map{s, warp_row, tile_keys.begin};
+        if constexpr (!C::Score::FOLDED) score.apply(map);
         if (mask.cuts(warp_rows, tile_keys))
-            map_scores(s, warp_row, tile_keys.begin,
-                       [&](float x, int row, int key) { return mask.keep(row, key) ? x : neg_infinity(); });
+            map([&](float x, int row, int key) { return mask.keep(row, key) ? x : neg_infinity(); });
         softmax.update(s, o);  // s becomes P
         const RoundedOperand<Element, L::M16, C::BLOCK_K / 8> rounded(s);
         const u32 v_smem = pipeline.v(tile);

@@ -27,6 +27,8 @@ namespace score {
 //   FOLDED                 true: the logit is q.k times `factor`, so forward keeps raw products and folds the factor into exp2
 //   Score(shape, slope)    slope: of this query head, 0 without ALiBi
 //   at(s, row, key)        Logit of the raw product s of a query row and a key (members that are not used cost nothing)
+//   apply(map)             the same for a whole tile: map(f) replaces every raw product by f(product, row, key). Run-time choices stand
+//                          outside the calls of map, so that they are made once per tile
 
 // scale * q.k, scale != 0.
 struct Linear {
@@ -36,6 +38,11 @@ struct Linear {
     DEV_METHOD Linear(const Shape& shape, float) : factor(shape.scale * LOG2_E) {}
 
     DEV_METHOD Logit at(float s, int, int) const { return {s * factor, 1.f}; }
+
+    template <class Map>
+    DEV_METHOD void apply(Map map) const {
+        map([&](float s, int, int) { return s * factor; });
+    }
 };
 
 // Everything, decided at run time by branches that all threads take alike: any scale, soft cap, ALiBi.
@@ -53,16 +60,29 @@ struct Shaped {
           q_offset(shape.q_offset) {}
 
     DEV_METHOD Logit at(float s, int row, int key) const {
-        Logit logit = {s * (scale * LOG2_E), 1.f};
-        if (softcap > 0.f) {
-            const float t = tanh_accurate(s * scale * inverse_softcap);
-            logit = {softcap * LOG2_E * t, 1.f - t * t};
-        }
-        if (slope_log2 != 0.f) logit.log2 = fmaf(slope_log2, alibi_distance(row, key), logit.log2);
+        Logit logit = softcap > 0.f ? capped(s) : Logit{s * (scale * LOG2_E), 1.f};
+        if (slope_log2 != 0.f) logit.log2 = biased(logit.log2, row, key);
         return logit;
+    }
+    template <class Map>
+    DEV_METHOD void apply(Map map) const {
+        if (softcap > 0.f)
+            map([&](float s, int, int) { return capped(s).log2; });
+        else
+            map([&](float s, int, int) { return s * (scale * LOG2_E); });
+        if (slope_log2 != 0.f) map([&](float s, int row, int key) { return biased(s, row, key); });
     }
     // d(logit) / d(slope)
     DEV_METHOD float alibi_distance(int row, int key) const { return -fabsf((float)(row + q_offset - key)); }
+
+  private:
+    DEV_METHOD Logit capped(float s) const {
+        const float t = tanh_accurate(s * scale * inverse_softcap);
+        return {softcap * LOG2_E * t, 1.f - t * t};
+    }
+    DEV_METHOD float biased(float log2, int row, int key) const {
+        return fmaf(slope_log2, alibi_distance(row, key), log2);
+    }
 };
 
 }  // namespace score
