@@ -4,13 +4,13 @@ values included."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 
 from .form import Case, Form, blank
+from .rounding import flush, fma32, narrow, truncate
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32, F64 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)
@@ -36,18 +36,6 @@ def _values(rng: np.random.Generator, dtype: np.dtype, low: float, high: float) 
         x = np.clip(x, low, high)
         x[COUNT - len(awkward) :] = awkward
         return x.astype(dtype)
-
-
-def truncate(x: np.ndarray, bits: int, rounding: str) -> np.ndarray:
-    """Round the float32 significand to `bits` fewer bits: to nearest, ties away ("rna") or ties to
-    even ("rn")."""
-    u = x.view(np.uint32).astype(np.uint64)
-    half = np.uint64(1 << (bits - 1))
-    odd = (u >> np.uint64(bits)) & np.uint64(1)
-    bump = half if rounding == "rna" else half - np.uint64(1) + odd
-    rounded = (u + bump) & ~np.uint64((1 << bits) - 1)
-    special = ~np.isfinite(x)
-    return np.where(special, u, rounded).astype(np.uint32).view(np.float32)
 
 
 class Op:
@@ -138,24 +126,6 @@ def _pack_form(ptx: str, group: str, dtype: np.dtype) -> Form:
     )
 
 
-def narrow(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round once to `dtype`. ml_dtypes rounds float64 to bfloat16 through float32, which would
-    round twice."""
-    if dtype != BF16 or x.dtype != F64:
-        return x.astype(dtype)
-    near = x.astype(F32)
-    beyond = np.abs(near.astype(F64)) > np.abs(x)
-    toward_zero = np.where(beyond, np.nextafter(near, F32.type(0)), near)
-    inexact = np.isfinite(x) & (toward_zero.astype(F64) != x)
-    odd = toward_zero.view(np.uint32) | inexact.astype(np.uint32)  # sticky bit: never a false tie
-    return odd.view(F32).astype(BF16)
-
-
-def flush(x: np.ndarray) -> np.ndarray:
-    """.ftz: subnormal float32 inputs count as zero of the same sign."""
-    return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
-
-
 def _to_int(low: int, high: int, rounding: Reference) -> Reference:
     """Saturating conversion; NaN becomes 0."""
 
@@ -209,27 +179,6 @@ def _fma(dtype: np.dtype) -> Reference:
     return lambda a, b, c: narrow(_d(lambda x, y, z: x * y + z)(a, b, c), dtype)
 
 
-def _fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """One rounding: rational arithmetic where the values are finite."""
-    out = (a.astype(F64) * b + c).astype(F32)  # right for infinities and NaN
-    for i in np.flatnonzero(np.isfinite(a) & np.isfinite(b) & np.isfinite(c)):
-        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
-        out[i] = round_fraction(exact) if exact else out[i]
-    return out
-
-
-def round_fraction(x: Fraction) -> np.float32:
-    """The float32 nearest to a rational number, ties to even."""
-    near = np.float32(
-        float(x)
-    )  # float(Fraction) is correctly rounded to float64, so at most one step off
-    if not np.isfinite(near):
-        return near
-    steps = [near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))]
-    steps = [s for s in steps if np.isfinite(s)]
-    return min(steps, key=lambda s: (abs(Fraction(float(s)) - x), int(s.view(np.uint32)) & 1))
-
-
 # Double rounding (to float64 first) can differ from the true fma by one unit only when the sum lies
 # within 2^-52 of a tie.
 ARITHMETIC = [
@@ -242,7 +191,7 @@ ARITHMETIC = [
     Op("max.NaN.f32", "sm_80", [F32, F32], F32, np.maximum),
     Op("min.f32", "sm_75", [F32, F32], F32, np.fmin),
     Op("max.f32", "sm_75", [F32, F32], F32, np.fmax),
-    Op("fma.rn.f32", "sm_75", [F32, F32, F32], F32, _fma32),
+    Op("fma.rn.f32", "sm_75", [F32, F32, F32], F32, fma32),
     Op("add.rn.f32", "sm_75", [F32, F32], F32, np.add),
     Op("mul.rn.f32", "sm_75", [F32, F32], F32, np.multiply),
     Op("div.rn.f32", "sm_75", [F32, F32], F32, np.divide),
