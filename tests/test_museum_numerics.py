@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,14 @@ def test_C1_short_and_loud(backend: Machine, length: int, dim: int) -> None:
     q = normal(rng, 1, 2, length, dim, factor=5)
     k, v, dout = (normal(rng, 1, 2, length, dim, factor=3) for _ in range(3))
     check_forward(backend, q, k, v)
-    check_gradients(backend, q, k, v, dout)
+    _, grads = backend.vjp(q, k, v, dout)
+    gold, honest = oracle.backward(dout, q, k, v), oracle.low_precision(q, k, v, dout)
+    for name in "qkv":
+        # The museum's bound: with a handful of nearly one-hot rows, delta from the rounded out costs more than
+        # the honest computation happens to lose.
+        error = np.abs(getattr(grads, name).astype(float) - gold[name])
+        allowed = 5 * np.abs(honest[name] - gold[name]).max() + 1e-3
+        assert error.max() <= allowed, (name, error.max(), allowed)
 
 
 @pytest.mark.parametrize(("value", "length"), [(133120.0, 1), (133120.0, 2), (133120.0, 65)])
@@ -40,7 +48,8 @@ def test_C3_huge_equal_logits_in_float32(length: int, wide_backend: Machine) -> 
     else:
         x = np.full((1, 1, length, 32), 1e9, np.float32)
     out, lse = wide_backend.attention(x, x, x, return_lse=True)
-    assert np.array_equal(out, x)
+    # A mean of equal numbers, to the rounding of a float32 sum.
+    assert np.allclose(out, x, rtol=1e-6)
     assert np.allclose(lse, float(x.flat[0]) ** 2 * 32 / 32**0.5, rtol=1e-6)
 
 
@@ -51,7 +60,7 @@ def test_C3_huge_logits_that_differ(backend: Machine) -> None:
     q[..., 0] = 6e4
     k[0, 0, :, 0] = np.linspace(-6e4, 6e4, 70)
     v = normal(np.random.default_rng(3), 1, 1, 70, 32)
-    out, lse = check_forward(backend, q, k, v)
+    out, _ = check_forward(backend, q, k, v)
     assert np.array_equal(out, np.broadcast_to(v[:, :, -1:], out.shape))
     out, _ = check_forward(backend, q, k, v, scale=-1.0)
     assert np.array_equal(out, np.broadcast_to(v[:, :, :1], out.shape))
@@ -61,7 +70,7 @@ def test_C3_huge_logits_that_differ(backend: Machine) -> None:
 def test_C5_scale_zero_is_a_mean(backend: Machine, scale: float) -> None:
     rng = np.random.default_rng(5)
     q, k, v, dout = (normal(rng, 1, 2, 70, 32) for _ in range(4))
-    out, lse = check_forward(backend, q, k, v, scale=scale, causal=True)
+    _, lse = check_forward(backend, q, k, v, scale=scale, causal=True)
     assert np.allclose(lse, np.log(np.arange(1, 71)), atol=1e-6)
     grads = check_gradients(backend, q, k, v, dout, scale=scale, causal=True)
     assert (grads.q == 0).all() and (grads.k == 0).all()
@@ -100,7 +109,7 @@ def test_C10_split_keys_and_merge(backend: Machine, chunks: int) -> None:
     k, v = (normal(rng, 2, 2, 150, 32, dtype=backend.exact) for _ in range(2))
     cuts = [0, *sorted(rng.integers(0, 151, chunks - 1)), 150]
     cuts = [0, *cuts] if chunks > 1 else cuts  # a first chunk of no keys
-    spans = [slice(int(a), int(b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    spans = [slice(int(a), int(b)) for a, b in itertools.pairwise(cuts)]
     parts = [backend.attention(q, k[:, :, span], v[:, :, span], return_lse=True) for span in spans]
     out, lse = backend.merge(*zip(*parts, strict=True))
     truth, honest = oracle.exact(q, k, v), oracle.low_precision(q, k, v)
@@ -121,7 +130,8 @@ def test_C12_many_merges_do_not_drift(backend: Machine) -> None:
     for part, part_lse in parts[1:]:
         out, lse = backend.merge([out, part], [lse, part_lse])
     # Roundings add up like a random walk, damped by the weight 1 - 1/n of what was merged before.
-    step = oracle.eps(q.dtype) * np.abs(truth.out).max()
+    # Each weight carries a rounding of lse too.
+    step = (oracle.eps(q.dtype) + oracle.score_step(truth.lse, q.dtype)) * np.abs(truth.out).max()
     assert np.abs(out.astype(float) - truth.out).max() <= 8 * step
     assert np.allclose(lse, truth.lse, rtol=1e-5, atol=1e-5)
 
@@ -129,7 +139,7 @@ def test_C12_many_merges_do_not_drift(backend: Machine) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_C14_one_key_returns_its_value_bit_by_bit(wide_backend: Machine, dtype: str) -> None:
     every = np.arange(2**16, dtype=np.uint16).view(dtype_of(dtype))
-    check_values_come_back(wide_backend, every[np.isfinite(every.astype(np.float64))])
+    check_values_come_back(wide_backend, every[finite(every)])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -140,7 +150,13 @@ def test_C14_a_sample_of_values_in_the_emulator(backend: Machine, dtype: str) ->
     smallest = 0x0400 if dtype == "float16" else 0x0080
     chosen = (low < 64) | (np.abs(low.astype(int) - smallest) < 64) | (bits % 31 == 0)
     some = bits[chosen].view(dtype_of(dtype))
-    check_values_come_back(backend, some[np.isfinite(some.astype(np.float64))])
+    check_values_come_back(backend, some[finite(some)])
+
+
+def finite(values: Any) -> Any:
+    """By the bits: some NaN of bfloat16 cannot even be converted without a warning."""
+    exponent = 0x7C00 if values.dtype == np.float16 else 0x7F80
+    return (values.view(np.uint16) & exponent) != exponent
 
 
 def check_values_come_back(machine: Machine, values: Any) -> None:
