@@ -6,15 +6,17 @@
 #include "masks.cuh"
 #include "score.cuh"
 
-template <class C>
-__device__ void backward_convert(const BackwardParams& p) {
+template <class C> __device__ void backward_convert(const BackwardParams& p) {
     using Element = typename C::Element;
     constexpr int GROUPS = C::HEAD_DIM / 8;  // of eight columns: one 16-byte store
     const Shape& shape = p.shape;
     const Work work = decode(p.schedule, shape, shape.heads);
     const int row_0 = work.tile * C::BLOCK_Q, rows = min(C::BLOCK_Q, shape.len_q - row_0);
-    const float* accum = p.dq_accum + (((i64)work.batch * shape.heads + work.head) * shape.len_q + row_0) * C::HEAD_DIM;
-    u16* dq_gmem = (u16*)p.dq + head_offset(work, p.dq_strides, work.head) + row_0 * p.dq_strides.row;
+    const float* accum =
+        p.dq_accum +
+        (((i64)work.batch * shape.heads + work.head) * shape.len_q + row_0) * C::HEAD_DIM;
+    u16* dq_gmem =
+        (u16*)p.dq + head_offset(work, p.dq_strides, work.head) + row_0 * p.dq_strides.row;
     const bool vector = C::VECTOR_ONLY || (shape.flags & FLAG_DQ_VECTOR);
 
     for (int i = threadIdx.x; i < rows * GROUPS; i += C::WARPS * 32) {

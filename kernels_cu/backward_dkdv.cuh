@@ -9,32 +9,33 @@
 namespace backward {
 
 // Shared memory: the key tiles stay, query tiles and their statistics come in STAGES buffers.
-template <class C>
-struct KeyLayout {
+template <class C> struct KeyLayout {
     using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
     using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V>;
     using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM>;
     using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V>;
-    static constexpr int STATISTICS_BYTES = C::BLOCK_Q * 2 * 4;  // lse_log2 [BLOCK_Q], delta [BLOCK_Q]
+    static constexpr int STATISTICS_BYTES =
+        C::BLOCK_Q * 2 * 4;  // lse_log2 [BLOCK_Q], delta [BLOCK_Q]
     static constexpr int STAGE_BYTES = TileQ::BYTES + TileDout::BYTES + STATISTICS_BYTES;
     static constexpr int BYTES = TileK::BYTES + TileV::BYTES + C::STAGES * STAGE_BYTES;
-    static_assert(BYTES == C::SHARED_BYTES, "_tuning.backward_dkdv_shared_bytes disagrees with the layout");
+    static_assert(BYTES == C::SHARED_BYTES,
+                  "_tuning.backward_dkdv_shared_bytes disagrees with the layout");
     static_assert(STATISTICS_BYTES % 128 == 0, "tiles begin at multiples of 128");
 
     u32 k, v, stages;
-    DEV_METHOD explicit KeyLayout(u32 base) : k(base), v(base + TileK::BYTES), stages(base + TileK::BYTES + TileV::BYTES) {}
+    DEV_METHOD explicit KeyLayout(u32 base)
+        : k(base), v(base + TileK::BYTES), stages(base + TileK::BYTES + TileV::BYTES) {}
     DEV_METHOD u32 q(int stage) const { return stages + stage * STAGE_BYTES; }
     DEV_METHOD u32 dout(int stage) const { return q(stage) + TileQ::BYTES; }
     DEV_METHOD u32 lse_log2(int stage) const { return dout(stage) + TileDout::BYTES; }
-    DEV_METHOD u32 delta(int stage) const { return lse_log2(stage) + C::BLOCK_Q * 4; }
+    static constexpr int DELTA = C::BLOCK_Q * 4;  // delta lies this far behind lse_log2
 };
 
 // One key tile of one key head. Both gradients at once, or (head dim 256, whose two accumulators do not fit the registers) one.
 //
 // Registers are the scarce thing here: two accumulators take half of a thread's 255. Whatever is cheap to work out again (the
 // block's work, a thread's place) is not kept across the loop, hence the fresh_* and opaque() calls.
-template <class C, bool WANT_DK, bool WANT_DV>
-struct KeyBlock {
+template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using Element = typename C::Element;
     using Score = typename C::Score;
     using Layout = KeyLayout<C>;
@@ -55,7 +56,8 @@ struct KeyBlock {
     Accumulator<M16, WANT_DK ? C::HEAD_DIM / 8 : 1> dk;
     Accumulator<M16, WANT_DV ? C::HEAD_DIM_V / 8 : 1> dv;
 
-    DEV_METHOD KeyBlock(const BackwardParams& params, u32 smem) : p(params), layout(smem), mask(params.shape) {
+    DEV_METHOD KeyBlock(const BackwardParams& params, u32 smem)
+        : p(params), layout(smem), mask(params.shape) {
         const Work work = key_work();
         const int head = work.head * p.shape.group;
         first_key = work.tile * C::BLOCK_K;
@@ -73,10 +75,17 @@ struct KeyBlock {
 
     // Q and dO of one query head of the group.
     DEV_METHOD GlobalRows q_gmem(int head) const {
-        return {(u16*)p.q + q_at + head * p.q_strides.head, p.q_strides.row, p.shape.len_q, p.shape.head_dim, bool(p.shape.flags & FLAG_Q_VECTOR)};
+        return rows_of(p.q, q_at + head * p.q_strides.head, p.q_strides.row, p.shape.head_dim,
+                       FLAG_Q_VECTOR);
     }
     DEV_METHOD GlobalRows dout_gmem(int head) const {
-        return {(u16*)p.dout + dout_at + head * p.dout_strides.head, p.dout_strides.row, p.shape.len_q, p.shape.head_dim_v, bool(p.shape.flags & FLAG_DOUT_VECTOR)};
+        return rows_of(p.dout, dout_at + head * p.dout_strides.head, p.dout_strides.row,
+                       p.shape.head_dim_v, FLAG_DOUT_VECTOR);
+    }
+    DEV_METHOD GlobalRows rows_of(const void* array, i64 at, i64 stride, int columns,
+                                  int flag) const {
+        return {(u16*)array + at, stride, p.shape.len_q, columns,
+                (p.shape.flags & flag) && columns % 8 == 0};
     }
 
     // All rows of all query heads that see the tile.
@@ -87,9 +96,11 @@ struct KeyBlock {
         load_keys();
         load_rows(0, first, 0);
         int stage = 0;
+        bool repaired = false;
 #pragma unroll 1
         for (int head = 0; head < p.shape.group; ++head) {
-            const Score score = make_score<C>(p, key_work(), key_work().head * p.shape.group + head);
+            const Score score =
+                make_score<C>(p, key_work(), key_work().head * p.shape.group + head);
 #pragma unroll 1
             for (int tile = first; tile < end; ++tile) {
                 const bool wraps = tile + 1 == end, last = wraps && head + 1 == p.shape.group;
@@ -98,7 +109,7 @@ struct KeyBlock {
                 // After this barrier the tile is complete, and every warp is through with the tile before: its buffer is free.
                 __syncthreads();
                 if (C::STAGES == 2 && !last) load_rows(next_head, next_tile, stage ^ 1);
-                step(score, head, tile * C::BLOCK_Q, stage);
+                repaired |= step(score, head, tile * C::BLOCK_Q, stage);
                 if (C::STAGES == 1) {
                     __syncthreads();
                     if (!last) load_rows(next_head, next_tile, 0);
@@ -107,14 +118,19 @@ struct KeyBlock {
                 }
             }
         }
+        if (repaired) add_back(first, end);
     }
 
     DEV_METHOD void load_keys() {
         const Work work = key_work();
         const Shape& shape = p.shape;
-        load_tile<TileK>(head_rows(p.k, p.k_strides, work, work.head, shape.len_k, shape.head_dim, shape.flags & FLAG_K_VECTOR), layout.k, first_key);
+        load_tile<TileK>(head_rows(p.k, p.k_strides, work, work.head, shape.len_k, shape.head_dim,
+                                   shape.flags & FLAG_K_VECTOR),
+                         layout.k, first_key);
         if (!WANT_DK) return;
-        load_tile<TileV>(head_rows(p.v, p.v_strides, work, work.head, shape.len_k, shape.head_dim_v, shape.flags & FLAG_V_VECTOR), layout.v, first_key);
+        load_tile<TileV>(head_rows(p.v, p.v_strides, work, work.head, shape.len_k, shape.head_dim_v,
+                                   shape.flags & FLAG_V_VECTOR),
+                         layout.v, first_key);
     }
 
     // Starts the copies of a tile of rows and of their statistics.
@@ -138,15 +154,13 @@ struct KeyBlock {
         cp_async_commit();
     }
 
-    template <class Tile>
-    DEV_METHOD void load_tile(const GlobalRows& gmem, u32 smem, int row) {
+    template <class Tile> DEV_METHOD void load_tile(const GlobalRows& gmem, u32 smem, int row) {
         TileLoader<Tile, THREADS, C::VECTOR_ONLY> loader(gmem);
-        loader.fetch(smem, row);
-        if (!HAS_ASYNC_COPY) loader.template land<0>(smem);
+        load(loader, smem, row);
     }
 
-    // dV += P^T dO and dK += dS^T Q over one tile of rows.
-    DEV_METHOD void step(const Score& score, int head, int first_row, int stage) {
+    // dV += P^T dO and dK += dS^T Q over one tile of rows. True if a NaN or inf was left out: add_back has to follow.
+    DEV_METHOD bool step(const Score& score, int head, int first_row, int stage) {
         const Range rows = {first_row, first_row + C::BLOCK_Q};
         const bool isolate = mask.isolates(rows, keys());
         const bool cut = isolate || mask.cuts(rows, keys()) || rows.end > p.shape.len_q;
@@ -155,56 +169,96 @@ struct KeyBlock {
         for (int column = 0; column < C::BLOCK_Q; column += CHUNK) {
             Accumulator<M16, CHUNK / 8> s, ds;
             s.zero();
-            multiply_transposed<Element, TileK, TileQ>(s, lane_major<TileK>(opaque(layout.k)), warp_key(), lane_minor<TileQ>(opaque(layout.q(stage))), column);
+            multiply_transposed<Element, TileK, TileQ>(s, row_address<TileK>(layout.k, warp_key()),
+                                                       row_address<TileQ>(layout.q(stage), column));
             if (WANT_DK) {
                 ds.zero();
-                multiply_transposed<Element, TileV, TileDout>(ds, lane_major<TileV>(opaque(layout.v)), warp_key(), lane_minor<TileDout>(opaque(layout.dout(stage))), column);
+                multiply_transposed<Element, TileV, TileDout>(
+                    ds, row_address<TileV>(layout.v, warp_key()),
+                    row_address<TileDout>(layout.dout(stage), column));
             }
-            score_gradients(score, s, ds, first_row, column, stage, cut);
+            score_gradients(score, s, ds, first_row, column, stage);
+            if (cut) hide(s, ds, first_row + column);
             if (isolate) {
                 // Scores come from Q and dO as they are, so every warp must have its own before the repair.
                 __syncthreads();
-                if (WANT_DV) repaired |= remove_non_finite<Element, TileDout, THREADS, CHUNK>(layout.dout(stage), column);
-                if (WANT_DK) repaired |= remove_non_finite<Element, TileQ, THREADS, CHUNK>(layout.q(stage), column);
+                if (WANT_DV)
+                    repaired |= remove_non_finite<Element, TileDout, THREADS, CHUNK>(
+                        layout.dout(stage), column);
+                if (WANT_DK)
+                    repaired |=
+                        remove_non_finite<Element, TileQ, THREADS, CHUNK>(layout.q(stage), column);
             }
-            if constexpr (WANT_DV) multiply<Element, TileDout>(dv, s, lane_major<TileDout>(opaque(layout.dout(stage))), column);
-            if constexpr (WANT_DK) multiply<Element, TileQ>(dk, ds, lane_major<TileQ>(opaque(layout.q(stage))), column);
+            if constexpr (WANT_DV)
+                multiply<Element, TileDout>(dv, s,
+                                            row_address<TileDout>(layout.dout(stage), column));
+            if constexpr (WANT_DK)
+                multiply<Element, TileQ>(dk, ds, row_address<TileQ>(layout.q(stage), column));
         }
-        if (repaired) add_back(head, rows);
+        return repaired;
     }
 
-    // What the repair took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that the row sees.
-    DEV_METHOD void add_back(int head, Range rows) {
+    // What repairs took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that the row sees. Walks the tiles that
+    // are repaired (the others met their NaN and inf in the products); after the main loop, where registers are free.
+    DEV_METHOD void add_back(int first, int end) {
         const auto sees = [&](int j, int i) { return mask.keep(i, j); };
-        if constexpr (WANT_DV) add_non_finite<Element>(dv, dout_gmem(head), rows, first_key + warp_key(), sees);
-        if constexpr (WANT_DK) add_non_finite<Element>(dk, q_gmem(head), rows, first_key + warp_key(), sees);
+#pragma unroll 1
+        for (int head = 0; head < p.shape.group; ++head)
+#pragma unroll 1
+            for (int tile = first; tile < end; ++tile) {
+                const Range rows = {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
+                if (!mask.isolates(rows, keys())) continue;
+                if constexpr (WANT_DV)
+                    add_non_finite<Element>(dv, dout_gmem(head), rows, first_key + warp_key(),
+                                            sees);
+                if constexpr (WANT_DK)
+                    add_non_finite<Element>(dk, q_gmem(head), rows, first_key + warp_key(), sees);
+            }
     }
 
     // s: in raw products, out P. ds: in dP, out dS. Keys along the accumulator's rows, queries along its columns.
-    template <int N8>
-    DEV_METHOD void score_gradients(const Score& score, Accumulator<M16, N8>& s, Accumulator<M16, N8>& ds, int first_row, int column,
-                                    int stage, bool cut) {
-        const int lane = fresh_thread_id() % 32, key_0 = first_key + warp_key() + lane / 4;
+    template <int N8> DEV_METHOD void score_gradients(const Score& score, Accumulator<M16, N8>& s,
+                                                      Accumulator<M16, N8>& ds, int first_row,
+                                                      int column, int stage) {
+        const int lane = fresh_thread_id() % 32, i_0 = first_row + column + lane % 4 * 2,
+                  j_0 = first_key + warp_key() + lane / 4;
+        const u32 statistics = layout.lse_log2(stage) + 4 * (column + lane % 4 * 2);
 #pragma unroll
         for (int n = 0; n < N8; ++n) {
-            const int c = column + 8 * n + lane % 4 * 2;
-            const float2 lse_log2 = ld_shared_f32x2(layout.lse_log2(stage) + 4 * c);
-            const float2 delta = WANT_DK ? ld_shared_f32x2(layout.delta(stage) + 4 * c) : make_float2(0.f, 0.f);
+            const float2 lse_log2 = ld_shared_f32x2(statistics + 32 * n);
+            const float2 delta = WANT_DK ? ld_shared_f32x2(statistics + 32 * n + Layout::DELTA)
+                                         : make_float2(0.f, 0.f);
 #pragma unroll
             for (int m = 0; m < M16; ++m)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int i = first_row + c + e % 2, j = key_0 + 16 * m + e / 2 * 8;
-                    const Logit logit = score.at(s.x[m][n][e], i, j);
+                    const Logit logit =
+                        score.at(s.x[m][n][e], i_0 + 8 * n + e % 2, j_0 + 16 * m + e / 2 * 8);
                     const float weight = probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
-                    // Hidden pairs are skipped, not multiplied by 0: their scores may be NaN.
-                    const bool hidden = cut && !(mask.keep(i, j) && i < p.shape.len_q);
-                    s.x[m][n][e] = hidden ? 0.f : weight;
-                    if (!WANT_DK) continue;
-                    const float gradient = weight * (ds.x[m][n][e] - (e % 2 ? delta.y : delta.x)) * logit.derivative;
-                    ds.x[m][n][e] = hidden ? 0.f : gradient;
+                    s.x[m][n][e] = weight;
+                    if (WANT_DK)
+                        ds.x[m][n][e] = weight * (ds.x[m][n][e] - (e % 2 ? delta.y : delta.x)) *
+                                        logit.derivative;
                 }
         }
+    }
+
+    // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
+    template <int N8>
+    DEV_METHOD void hide(Accumulator<M16, N8>& s, Accumulator<M16, N8>& ds, int first_row) {
+        const int lane = fresh_thread_id() % 32, i_0 = first_row + lane % 4 * 2,
+                  j_0 = first_key + warp_key() + lane / 4;
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int n = 0; n < N8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const int i = i_0 + 8 * n + e % 2;
+                    if (mask.keep(i, j_0 + 16 * m + e / 2 * 8) && i < p.shape.len_q) continue;
+                    s.x[m][n][e] = 0.f;
+                    if (WANT_DK) ds.x[m][n][e] = 0.f;
+                }
     }
 
     DEV_METHOD void finish() {
@@ -212,19 +266,20 @@ struct KeyBlock {
         const Shape& shape = p.shape;
         if constexpr (WANT_DV)
             if (p.dv != nullptr)
-                store_gradient<C, TileV>(head_rows(p.dv, p.dv_strides, work, work.head, shape.len_k, shape.head_dim_v, shape.flags & FLAG_DV_VECTOR),
+                store_gradient<C, TileV>(head_rows(p.dv, p.dv_strides, work, work.head, shape.len_k,
+                                                   shape.head_dim_v, shape.flags & FLAG_DV_VECTOR),
                                          layout.v, warp_key(), first_key, dv, 1.f);
         if constexpr (WANT_DK)
             if (p.dk != nullptr)
-                store_gradient<C, TileK>(head_rows(p.dk, p.dk_strides, work, work.head, shape.len_k, shape.head_dim, shape.flags & FLAG_DK_VECTOR),
+                store_gradient<C, TileK>(head_rows(p.dk, p.dk_strides, work, work.head, shape.len_k,
+                                                   shape.head_dim, shape.flags & FLAG_DK_VECTOR),
                                          layout.k, warp_key(), first_key, dk, shape.scale);
     }
 };
 
 }  // namespace backward
 
-template <class C>
-__device__ void backward_dkdv(const BackwardParams& p) {
+template <class C> __device__ void backward_dkdv(const BackwardParams& p) {
     extern __shared__ __align__(128) u8 shared_memory[];
     if constexpr (C::HEAD_DIM + C::HEAD_DIM_V <= 384) {
         backward::KeyBlock<C, true, true> block(p, shared_address(shared_memory));

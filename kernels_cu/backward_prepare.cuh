@@ -26,28 +26,33 @@ DEV float dot_8(const u16* x, const u16* y, int first, int columns, bool vector)
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            if (first + i < columns) sum += Element::to_float(x[first + i]) * Element::to_float(y[first + i]);
+            if (first + i < columns)
+                sum += Element::to_float(x[first + i]) * Element::to_float(y[first + i]);
     }
     return sum;
 }
 
 }  // namespace backward
 
-template <class C>
-__device__ void backward_prepare(const BackwardParams& p) {
+template <class C> __device__ void backward_prepare(const BackwardParams& p) {
     // A power of two lanes per row, eight columns per lane: 16-byte loads, and the sum is a butterfly inside the group.
-    constexpr int LANES = C::HEAD_DIM_V <= 32 ? 4 : C::HEAD_DIM_V <= 64 ? 8 : C::HEAD_DIM_V <= 128 ? 16 : 32;
+    constexpr int LANES = C::HEAD_DIM_V <= 32    ? 4
+                          : C::HEAD_DIM_V <= 64  ? 8
+                          : C::HEAD_DIM_V <= 128 ? 16
+                                                 : 32;
     constexpr int ROWS_AT_ONCE = C::WARPS * 32 / LANES;
     static_assert(C::BLOCK_Q % ROWS_AT_ONCE == 0, "a block takes whole rounds of rows");
 
     const Shape& shape = p.shape;
     const Work work = decode(p.schedule, shape, shape.heads);
     const int row_0 = work.tile * C::BLOCK_Q;
-    const i64 first = ((i64)work.batch * shape.heads + work.head) * shape.len_q;  // of this head in the workspaces
+    const i64 first = ((i64)work.batch * shape.heads + work.head) *
+                      shape.len_q;  // of this head in the workspaces
     const u16* out_gmem = (const u16*)p.out + head_offset(work, p.out_strides, work.head);
     const u16* dout_gmem = (const u16*)p.dout + head_offset(work, p.dout_strides, work.head);
     const float* lse_gmem = p.lse + head_offset(work, p.lse_strides, work.head);
-    const float* dlse_gmem = p.dlse == nullptr ? nullptr : p.dlse + head_offset(work, p.dlse_strides, work.head);
+    const float* dlse_gmem =
+        p.dlse == nullptr ? nullptr : p.dlse + head_offset(work, p.dlse_strides, work.head);
     const bool vector = (shape.flags & FLAG_OUT_VECTOR) && (shape.flags & FLAG_DOUT_VECTOR);
 
     const int lane_in_row = threadIdx.x % LANES;
@@ -57,19 +62,23 @@ __device__ void backward_prepare(const BackwardParams& p) {
         const bool valid = row < shape.len_q;
         float sum = 0.f;
         if (valid)
-            sum = backward::dot_8<C>(out_gmem + row * p.out_strides.row, dout_gmem + row * p.dout_strides.row, 8 * lane_in_row,
+            sum = backward::dot_8<C>(out_gmem + row * p.out_strides.row,
+                                     dout_gmem + row * p.dout_strides.row, 8 * lane_in_row,
                                      shape.head_dim_v, vector);
 #pragma unroll
-        for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+        for (int step = LANES / 2; step > 0; step /= 2)
+            sum += __shfl_xor_sync(FULL_WARP, sum, step);
         if (valid && lane_in_row == 0) {
             const float lse = lse_gmem[row * p.lse_strides.row];
             // A row that sees no key has lse = -inf; +inf makes exp2(s - lse) = 0 for whatever s.
             p.lse_log2[first + row] = lse == neg_infinity() ? positive_infinity() : lse * LOG2_E;
-            p.delta[first + row] = dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
+            p.delta[first + row] =
+                dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
         }
     }
     if (p.dq_accum == nullptr) return;
     const int rows = min(C::BLOCK_Q, shape.len_q - row_0);
     float4* accum = (float4*)(p.dq_accum + (first + row_0) * C::HEAD_DIM);
-    for (int i = threadIdx.x; i < rows * (C::HEAD_DIM / 4); i += C::WARPS * 32) accum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int i = threadIdx.x; i < rows * (C::HEAD_DIM / 4); i += C::WARPS * 32)
+        accum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 }

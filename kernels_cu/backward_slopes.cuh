@@ -7,8 +7,7 @@
 #include "masks.cuh"
 #include "score.cuh"
 
-template <class C>
-__device__ void backward_slopes(const BackwardParams& p) {
+template <class C> __device__ void backward_slopes(const BackwardParams& p) {
     using Element = typename C::Element;
     constexpr int THREADS = C::WARPS * 32;
     static_assert(C::WARPS == 1, "the sum ends in one warp's butterfly");

@@ -18,26 +18,39 @@
 namespace backward {
 
 // How many score columns to hold at a time, so that two score accumulators and the gradients fit the 255 registers of a thread.
-template <int M16, int GRADIENT_COLUMNS, int BLOCK>
-DEV constexpr int chunk_columns() {
+template <int M16, int GRADIENT_COLUMNS, int BLOCK> DEV constexpr int chunk_columns() {
     const int gradient_registers = M16 * GRADIENT_COLUMNS / 2;
-    const int columns = (191 - gradient_registers) / M16 >= 64 ? 64 : (191 - gradient_registers) / M16 >= 32 ? 32 : 16;
+    const int columns = (191 - gradient_registers) / M16 >= 64   ? 64
+                        : (191 - gradient_registers) / M16 >= 32 ? 32
+                                                                 : 16;
     return columns < BLOCK ? columns : BLOCK;
 }
 
-// scores += A[row:, :] B[column:, :]^T over DIM columns; the lane addresses as in tile.cuh.
+// Starts a tile's copy. On Turing it is over when this returns.
+template <class Loader> DEV void load(Loader& loader, u32 smem, int first_row) {
+    loader.fetch(smem, first_row);
+    if (!HAS_ASYNC_COPY) loader.template land<0>(smem);
+}
+
+// The address of row `row` of a tile, as a value of unknown origin: what a product makes of it is not kept for the next one.
+template <class Tile> DEV u32 row_address(u32 smem, int row) {
+    return opaque(smem + row * Tile::ROW_BYTES);
+}
+
+// scores += A B^T over the head dim, 16 M16 rows of A from a_smem on, 8 N8 rows of B from b_smem on.
 template <class Element, class TileA, class TileB, int M16, int N8>
-DEV void multiply_transposed(Accumulator<M16, N8>& scores, u32 a_major, int row, u32 b_minor, int column) {
+DEV void multiply_transposed(Accumulator<M16, N8>& scores, u32 a_smem, u32 b_smem) {
     static_assert(TileA::COLUMNS == TileB::COLUMNS, "both operands run over the head dim");
+    const u32 a_lane = lane_major<TileA>(a_smem), b_lane = lane_minor<TileB>(b_smem);
 #pragma unroll
     for (int k = 0; k < TileA::COLUMNS; k += 16) {
         u32 a_rmem[M16][4];
 #pragma unroll
-        for (int m = 0; m < M16; ++m) load_a<TileA>(a_rmem[m], a_major, row + 16 * m, k);
+        for (int m = 0; m < M16; ++m) load_a<TileA>(a_rmem[m], a_lane, 16 * m, k);
 #pragma unroll
         for (int n = 0; n < N8; n += 2) {
             u32 b_rmem[4];
-            load_b<TileB>(b_rmem, b_minor, column + 8 * n, k);
+            load_b<TileB>(b_rmem, b_lane, 8 * n, k);
 #pragma unroll
             for (int m = 0; m < M16; ++m) {
                 Element::mma(scores.x[m][n], a_rmem[m], b_rmem[0], b_rmem[1]);
@@ -47,9 +60,11 @@ DEV void multiply_transposed(Accumulator<M16, N8>& scores, u32 a_major, int row,
     }
 }
 
-// gradient += scores B[column:, :], the scores rounded to 16 bits.
+// gradient += scores B, the scores rounded to 16 bits, 8 N8 rows of B from b_smem on.
 template <class Element, class TileB, int M16, int N8>
-DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient, const Accumulator<M16, N8>& scores, u32 b_major, int column) {
+DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient,
+                  const Accumulator<M16, N8>& scores, u32 b_smem) {
+    const u32 b_lane = lane_major<TileB>(b_smem);
 #pragma unroll
     for (int k = 0; k < N8 / 2; ++k) {
         u32 a_rmem[M16][4];
@@ -58,7 +73,7 @@ DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient, const Accumula
 #pragma unroll
         for (int n = 0; n < TileB::COLUMNS; n += 16) {
             u32 b_rmem[4];
-            load_b_trans<TileB>(b_rmem, b_major, column + 16 * k, n);
+            load_b_trans<TileB>(b_rmem, b_lane, 16 * k, n);
 #pragma unroll
             for (int m = 0; m < M16; ++m) {
                 Element::mma(gradient.x[m][n / 8], a_rmem[m], b_rmem[0], b_rmem[1]);
@@ -70,12 +85,14 @@ DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient, const Accumula
 
 // P of one pair. lse_log2 is rounded, so for huge logits the difference may come out positive: P is at most 1. NaN must pass (a
 // plain fminf would drop it).
-DEV float probability(float logit_log2, float lse_log2) { return ex2_approx(min_or_nan(logit_log2 - lse_log2, 0.f)); }
+DEV float probability(float logit_log2, float lse_log2) {
+    return ex2_approx(min_or_nan(logit_log2 - lse_log2, 0.f));
+}
 
 // A gradient to its rows in global memory, times `factor`: through the warp's own rows of a tile that it has no more use for.
 template <class C, class Tile, int M16>
-DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row, const Accumulator<M16, Tile::COLUMNS / 8>& acc,
-                        float factor) {
+DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row,
+                        const Accumulator<M16, Tile::COLUMNS / 8>& acc, float factor) {
     float factors[M16][2];
 #pragma unroll
     for (int m = 0; m < M16; ++m) factors[m][0] = factors[m][1] = factor;
@@ -86,8 +103,7 @@ DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row
 }
 
 // The sum of `x` over the block in a fixed order, valid in thread 0. `scratch`: one float per warp, no longer in use.
-template <int WARPS>
-DEV float block_sum(float x, u32 scratch) {
+template <int WARPS> DEV float block_sum(float x, u32 scratch) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
     __syncthreads();
