@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.emulator.codegen import EMITTERS, load_emitters
 from tests.emulator.nvrtc import Nvrtc
+from tests.emulator.tensormap import tensor_map
 from tests.instructions import golden
 from tests.instructions.catalogue import BY_NAME, FORMS
-from tests.instructions.form import Case, blank, mismatch, unit_source
+from tests.instructions.form import Case, MapOf, blank, mismatch, unit_source
 from tests.instructions.launch import OPTIONS, EmulatorRunner, GpuRunner, architecture
 
 # Moves of a register to itself and of special registers: what they compute needs no table of the
@@ -100,6 +103,44 @@ def test_golden_files_are_recorded_and_compared(name: str, tmp_path: Path) -> No
     assert "against test device" in str(golden.compare(form, case, wrong, tmp_path))
     other = form.make(np.random.default_rng(0))
     assert "record it again" in str(golden.compare(form, other, outputs, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["ldmatrix_x4", "tma_load_2d_swizzle_128"])
+def test_gpu_runner_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of the GPU path but the device: real cubins, and the emulator behind CuPy's names."""
+    cupy = pytest.importorskip("cupy")
+    form = BY_NAME[name]
+    emulated = EmulatorRunner([form]).module(form.group)
+
+    class Module:
+        def load(self, cubin: bytes) -> None:
+            assert cubin.startswith(b"\x7fELF")
+
+        def get_function(self, symbol: str) -> Any:
+            return lambda grid, block, args, shared_memory: emulated.launch(
+                symbol, grid, block, shared_memory, list(args)
+            )
+
+    def encode(pointer: int, m: MapOf) -> np.void:
+        return tensor_map(pointer, m.kind, m.dims, m.strides, m.box, swizzle=m.swizzle)
+
+    class Array(np.ndarray):
+        @property
+        def data(self) -> SimpleNamespace:
+            return SimpleNamespace(ptr=self.ctypes.data)
+
+    device = {"name": b"no device"}
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceProperties", lambda _: device)
+    monkeypatch.setattr(cupy.cuda, "Device", lambda: SimpleNamespace(compute_capability="90"))
+    monkeypatch.setattr(cupy.cuda.function, "Module", Module)
+    monkeypatch.setattr(cupy, "asarray", lambda x: emulated.memory.copy(x).view(Array))
+    monkeypatch.setattr(cupy, "asnumpy", lambda x: x.view(np.ndarray))
+    monkeypatch.setattr("tests.instructions.launch.encode_tensor_map", encode)
+    runner = GpuRunner([form])
+    assert runner.device == "no device"
+    assert runner.supports(form)
+    case = form.case()
+    compare_with_reference(case, runner.run(form, case))
 
 
 def test_cases_are_the_same_every_time() -> None:

@@ -7,15 +7,14 @@ Each runner compiles all forms of a group as one translation unit, once.
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from .form import Case, Form, MapOf, Output, unit_source
 
+_MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 OPTIONS = ("-std=c++17", "-lineinfo")
 
 
@@ -125,7 +124,6 @@ class GpuRunner:
         self.device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
         self._forms = forms
         self._modules: dict[str, Any] = {}
-        self._directory = tempfile.TemporaryDirectory(prefix="cuflash-instructions-")
 
     def supports(self, form: Form) -> bool:
         """True when the device can run the form's architecture."""
@@ -138,23 +136,18 @@ class GpuRunner:
         return 10 * major + minor >= int(needed)
 
     def module(self, group: str) -> Any:
-        """The loaded group, compiled for the device (for sm_90a with its extensions)."""
+        """The loaded group, compiled for exactly this device (for sm_90a with its extensions)."""
         import cupy
-        from cupy.cuda import nvrtc
+
+        from tests.emulator.nvrtc import Nvrtc
 
         if group not in self._modules:
             source = unit_source([f for f in self._forms if f.group == group])
             capability = cupy.cuda.Device().compute_capability
             arch = capability + ("a" if architecture(group).endswith("a") else "")
-            program = nvrtc.createProgram(source, f"{group}.cu", [], [])
-            try:
-                nvrtc.compileProgram(program, [*OPTIONS, f"-arch=sm_{arch}"])
-            except nvrtc.NVRTCError as error:
-                raise RuntimeError(nvrtc.getProgramLog(program)) from error
-            path = Path(self._directory.name) / f"{group}.cubin"
-            path.write_bytes(nvrtc.getCUBIN(program))
-            nvrtc.destroyProgram(program)
-            self._modules[group] = cupy.RawModule(path=str(path))
+            cubin = Nvrtc().cubin(source, f"sm_{arch}", OPTIONS, name=f"{group}.cu")
+            self._modules[group] = cupy.cuda.function.Module()
+            self._modules[group].load(cubin)
         return self._modules[group]
 
     def run(self, form: Form, case: Case) -> list[np.ndarray]:
@@ -164,13 +157,15 @@ class GpuRunner:
             raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             return cupy.asarray(raw)
 
-        def encode(m: MapOf, buffer: Any) -> np.void:
+        def encode(m: MapOf, buffer: Any) -> np.ndarray:
             return encode_tensor_map(buffer.data.ptr, m)
 
         values, outputs = arguments(case, place, encode)
         kernel = self.module(form.group).get_function(form.name)
-        kernel.max_dynamic_shared_size_bytes = form.shared
-        kernel((1,), (form.block,), tuple(values), shared_mem=form.shared)
+        if form.shared > 48 * 1024:
+            set_attribute = cupy.cuda.driver.funcSetAttribute
+            set_attribute(kernel.ptr, _MAX_DYNAMIC_SHARED_MEMORY, form.shared)
+        kernel((1,), (form.block,), tuple(values), form.shared)
         shapes = [a.initial for a in case.arguments if isinstance(a, Output)]
         return [
             cupy.asnumpy(o).view(s.dtype).reshape(s.shape)
@@ -191,7 +186,7 @@ _DRIVER_TYPES = {
 _DRIVER_SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
 
 
-def encode_tensor_map(pointer: int, m: MapOf) -> np.void:
+def encode_tensor_map(pointer: int, m: MapOf) -> np.ndarray:
     """The driver's encoding of a tensor map.
 
     Raises
@@ -219,4 +214,5 @@ def encode_tensor_map(pointer: int, m: MapOf) -> np.void:
     )
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled returned {status} for {m}")
-    return np.frombuffer(ctypes.string_at(address, 128), "V128")[0]
+    # CuPy passes an array of one element by value
+    return np.frombuffer(ctypes.string_at(address, 128), "V128")
