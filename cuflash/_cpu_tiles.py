@@ -85,7 +85,10 @@ class Tiling:
         # At least one of everything: empty calls have no tiles, but nothing may divide by zero.
         rows = max(1, min(shape.len_q, -(-TILE_ROWS // shape.group)))
         stacked = rows * shape.group
-        keys = max(1, min(shape.len_k, TILE_KEYS))
+        per_key = stacked + shape.dim + shape.dim_v
+        # A few rows (decoding) make short work of a tile, so it may as well be long.
+        longest = TILE_KEYS if stacked > 64 else max(TILE_KEYS, TILE_ELEMENTS // per_key)
+        keys = max(1, min(shape.len_k, longest))
         step = stacked * keys + (stacked + keys) * (shape.dim + shape.dim_v)
         return cls(rows, keys, max(1, TILE_ELEMENTS // step))
 
