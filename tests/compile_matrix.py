@@ -1,0 +1,205 @@
+"""Every kernel that planning can choose, compiled for every architecture by two generations of
+NVRTC: what it costs in registers and local memory, and what the compiler had to say.
+
+    python -m tests.compile_matrix             # compile everything and compare with the table
+    python -m tests.compile_matrix --record    # write the table anew after an intended change
+
+The table is `tests/data/registers.json`. `test_compiles.py` runs the same under pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cuflash import _compile, _launch_merge, _plan
+from cuflash._compile import Specialization
+from tests.emulator.nvrtc import Nvrtc
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
+GENERATIONS = (12, 13)
+TABLE = Path(__file__).parent / "data" / "registers.json"
+# The register file is handed out in units of 8 registers per thread; below that nothing changes.
+REGISTER_UNIT = 8
+# Up to this head dim a kernel keeps everything in registers, on every architecture.
+NO_SPILL_HEAD_DIM = 128
+
+
+class Usage(NamedTuple):
+    """What ptxas reports of one kernel."""
+
+    registers: int
+    spill_stores: int  # bytes
+    spill_loads: int
+    stack: int
+
+    def worse_than(self, recorded: Usage) -> list[str]:
+        """How this exceeds what was recorded."""
+        found = []
+        if -(-self.registers // REGISTER_UNIT) > -(-recorded.registers // REGISTER_UNIT):
+            found.append(f"{self.registers} registers, recorded {recorded.registers}")
+        for name in ("spill_stores", "spill_loads", "stack"):
+            now, then = getattr(self, name), getattr(recorded, name)
+            if now > then:
+                found.append(f"{now} bytes of {name.replace('_', ' ')}, recorded {then}")
+        return found
+
+
+def kernels(arch: str) -> list[Specialization]:
+    """Every kernel the package can launch on an architecture."""
+    found = dict.fromkeys(_plan.all_specializations(arch))
+    elements = sorted({spec.element for spec in found})
+    return [*found, *(_launch_merge.specialization(arch, element) for element in elements)]
+
+
+def group_of(spec: Specialization) -> str:
+    """The word under which kernels are compiled together: "forward", "backward_dq", ..., "rows"."""
+    heavy = ("forward", "backward_dkdv", "backward_dq")
+    return f"{spec.kernel} {spec.element}" if spec.kernel in heavy else "rows"
+
+
+def groups(arch: str) -> dict[str, list[Specialization]]:
+    """The kernels of an architecture in portions of a few seconds."""
+    found: dict[str, list[Specialization]] = {}
+    for spec in kernels(arch):
+        found.setdefault(group_of(spec), []).append(spec)
+    return found
+
+
+@functools.cache
+def nvrtc(generation: int) -> Nvrtc:
+    """The compiler of a CUDA generation."""
+    return Nvrtc(generation)
+
+
+def compile_one(spec: Specialization, generation: int) -> tuple[Usage, str, bytes]:
+    """Resource usage, compiler log and cubin of a kernel, built as the package builds it."""
+    compiler = nvrtc(generation)
+    options = ("--ptxas-options=-v",)
+    cubin = compiler.cubin(_compile.source(spec), spec.arch, options, f"{spec.name}.cu")
+    return usage_in(compiler.log, spec.name), compiler.log, cubin
+
+
+def usage_in(log: str, name: str) -> Usage:
+    """The figures of kernel `name` in a log of `ptxas -v`."""
+    section = log.split(f"Compiling entry function '{name}'", 1)
+    if len(section) != 2:
+        raise ValueError(f"no entry {name} in the log of ptxas:\n{log}")
+    text = section[1].split("Compiling entry function", 1)[0]
+    stack, stores, loads = _numbers(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
+    )
+    (registers,) = _numbers(r"Used (\d+) registers", text)
+    return Usage(registers, stores, loads, stack)
+
+
+def _numbers(pattern: str, text: str) -> list[int]:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern!r} in:\n{text}")
+    return [int(number) for number in match.groups()]
+
+
+def complaints(spec: Specialization, generation: int, usage: Usage, log: str) -> list[str]:
+    """What is wrong with one kernel."""
+    found = [line for line in log.splitlines() if "C75" in line or "warning" in line.lower()]
+    if max(spec.head_dim, spec.head_dim_v) <= NO_SPILL_HEAD_DIM:
+        if usage.spill_stores or usage.spill_loads:
+            found.append(f"spills ({usage}), and head dim {spec.head_dim} must not")
+        if usage.stack:
+            found.append(f"uses {usage.stack} bytes of local memory")
+    recorded = table()["kernels"].get(str(generation), {}).get(spec.arch, {}).get(spec.name)
+    if recorded is None:
+        found.append("is not in the table of registers")
+    else:
+        found += usage.worse_than(Usage(*recorded))
+    return [f"CUDA {generation}, {spec.arch}, {spec.name}: {text}" for text in found]
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The recorded figures: generation -> architecture -> kernel -> [registers, ...]."""
+    if not TABLE.exists():
+        return {"kernels": {}}
+    return json.loads(TABLE.read_text())
+
+
+def _work(task: tuple[int, str, str]) -> tuple[tuple[int, str, str], dict[str, Any], list[str]]:
+    generation, arch, group = task
+    figures, wrong = {}, []
+    for spec in groups(arch)[group]:
+        try:
+            usage, log, _ = compile_one(spec, generation)
+        except RuntimeError as error:
+            wrong.append(f"CUDA {generation}, {arch}, {spec.name}: {str(error)[:2000]}")
+            continue
+        figures[spec.name] = list(usage)
+        wrong += complaints(spec, generation, usage, log)
+    return task, figures, wrong
+
+
+def run_all(
+    generations: Iterable[int], architectures: Iterable[str], jobs: int
+) -> Iterator[tuple[tuple[int, str, str], dict[str, Any], list[str]]]:
+    """Compile in `jobs` processes; yields (task, figures, complaints) as they come."""
+    from tqdm import tqdm
+
+    architectures = list(architectures)
+    tasks = [(g, a, group) for g in generations for a in architectures for group in groups(a)]
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_work, task) for task in tasks]
+        done = concurrent.futures.as_completed(futures)
+        for future in tqdm(done, total=len(futures), unit="group", mininterval=1):
+            yield future.result()
+
+
+def record(results: dict[int, dict[str, dict[str, list[int]]]]) -> None:
+    """Write the table: one kernel per line, sorted, so that a change reads well."""
+    versions = {str(g): ".".join(map(str, nvrtc(g).version)) for g in sorted(results)}
+    lines = ["{", f' "nvrtc": {json.dumps(versions)},', ' "columns": ', ' "kernels": {']
+    lines[2] += json.dumps(Usage._fields) + ","
+    generations = []
+    for generation in sorted(results):
+        archs = []
+        for arch in ARCHITECTURES:
+            rows = sorted(results[generation].get(arch, {}).items())
+            body = ",\n".join(f'   "{name}": {json.dumps(row)}' for name, row in rows)
+            archs.append(f'  "{arch}": {{\n{body}\n  }}')
+        generations.append(f' "{generation}": {{\n' + ",\n".join(archs) + "\n }")
+    lines.append(",\n".join(generations))
+    TABLE.parent.mkdir(exist_ok=True)
+    TABLE.write_text("\n".join(lines) + "\n }\n}\n")
+
+
+def main() -> int:
+    """Compile everything; the exit status tells whether anything is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.compile_matrix")
+    parser.add_argument("--record", action="store_true", help="write the table anew")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    start = time.perf_counter()
+    results: dict[int, dict[str, dict[str, list[int]]]] = {g: {} for g in GENERATIONS}
+    wrong: list[str] = []
+    for (generation, arch, _), figures, found in run_all(GENERATIONS, ARCHITECTURES, options.jobs):
+        results[generation].setdefault(arch, {}).update(figures)
+        wrong += found
+    if options.record:
+        record(results)
+        wrong = [text for text in wrong if "table of registers" not in text and "recorded" not in text]
+    count = sum(len(rows) for archs in results.values() for rows in archs.values())
+    print("\n".join(wrong))
+    print(f"{count} kernels in {time.perf_counter() - start:.0f} s, {len(wrong)} complaints")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Does every kernel that planning can choose compile, everywhere, without spilling?
+
+For six architectures and two generations of NVRTC; no GPU is needed. The figures of every kernel
+are compared with `tests/data/registers.json` (see `tests/compile_matrix.py`).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import compile_matrix as matrix
+
+TASKS = [
+    pytest.param(generation, arch, group, id=f"cuda{generation}-{arch}-{group.replace(' ', '-')}")
+    for arch in matrix.ARCHITECTURES
+    for group in matrix.groups(arch)
+    for generation in matrix.GENERATIONS
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("generation", "arch", "group"), TASKS)
+def test_compiles_without_spills(generation: int, arch: str, group: str) -> None:
+    wrong = []
+    for spec in matrix.groups(arch)[group]:
+        usage, log, cubin = matrix.compile_one(spec, generation)
+        assert cubin[:4] == b"\x7fELF"
+        wrong += matrix.complaints(spec, generation, usage, log)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_has_no_kernel_that_planning_cannot_choose() -> None:
+    for archs in matrix.table()["kernels"].values():
+        for arch, rows in archs.items():
+            assert set(rows) == {spec.name for spec in matrix.kernels(arch)}
+
+
+def test_names_are_unique() -> None:
+    # The cache, the table and profilers know a kernel by its name.
+    for arch in matrix.ARCHITECTURES:
+        specs = matrix.kernels(arch)
+        assert len({spec.name for spec in specs}) == len(specs)
+
+
+def test_a_spill_is_noticed() -> None:
+    spec = next(s for s in matrix.kernels("sm_80") if s.head_dim == 64 and s.kernel == "forward")
+    clean = matrix.Usage(*matrix.table()["kernels"]["12"]["sm_80"][spec.name])
+    assert matrix.complaints(spec, 12, clean, "") == []
+    for worse in (
+        clean._replace(spill_stores=4),
+        clean._replace(stack=8),
+        clean._replace(registers=clean.registers + matrix.REGISTER_UNIT),
+    ):
+        assert matrix.complaints(spec, 12, worse, "")
+    warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions"
+    assert matrix.complaints(spec, 12, clean, warning)
