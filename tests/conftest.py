@@ -46,6 +46,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Machine]:
         yield machine
 
 
+@pytest.fixture(params=[_NUMPY, _EMULATOR])
+def host_backend(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """Machines whose memory is the host's, for tests that look at the bytes around an array."""
+    with request.param() as machine:
+        yield machine
+
+
 @pytest.fixture(params=[_NUMPY, _CUPY])
 def wide_backend(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """Every machine but the emulator, whose minutes these sizes would take."""
