@@ -26,7 +26,7 @@ def _kind(m: Modifiers, write: bool) -> str:
     m.flag(*SCOPES)
     kind = "emu::WRITE" if write else "emu::READ"
     if order != "weak":
-        kind += " | emu::STRONG"
+        kind += " | emu::STRONG | emu::SYNC" + ("" if write else " | emu::POLL")
     if order in ("acquire", "release"):
         kind += f" | emu::{order.upper()}"
     return kind
@@ -103,10 +103,12 @@ def atomic(e: Emitter, i: Instruction, m: Modifiers) -> None:
     order = m.one_of("relaxed", "acquire", "release", "acq_rel", default="relaxed")
     m.flag(*SCOPES, "noftz", *_CACHE)
     _take_vector(m)
+    is_red = i.opcode == "red"
     kind = "emu::WRITE | emu::STRONG | emu::ATOMIC"
+    if t[0] in "bus" and len(t) <= 4:  # sums of floats carry no signals
+        kind += " | emu::SYNC" + ("" if is_red else " | emu::POLL")
     kind += " | emu::ACQUIRE" if order.startswith("acq") else ""
     kind += " | emu::RELEASE" if order in ("release", "acq_rel") else ""
-    is_red = i.opcode == "red"
     address, *values = i.operands if is_red else i.operands[1:]
     b = e.vector(values[0])
     c = C_TYPES[t]

@@ -419,7 +419,7 @@ def _statement(text: str, location: Location, out: list[Statement]) -> None:
     if text[0] == ".":
         if text.startswith(".reg"):
             out.append(_registers(text))
-        elif not text.startswith((".pragma", ".loc", ".file")):
+        elif not text.startswith(".pragma"):
             variable = parse_variable(text)
             if variable is None:
                 raise Unsupported(f"PTX statement {text[:80]!r}")

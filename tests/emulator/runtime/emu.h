@@ -137,6 +137,8 @@ enum Kind : u32 {
   ACQUIRE = 8,   // later accesses of the thread come after what was released at this address
   RELEASE = 16,
   ATOMIC = 32,   // read-modify-write
+  SYNC = 128,    // may signal or await another thread: strong loads and stores, atomics on integers
+  POLL = 256,    // may be what a loop waits for: the others must get their turn
 };
 u8* shared_at(Thread& t, u32 address, u32 bytes, u32 align);                // bounds and alignment only
 u8* shared_access(Thread& t, u32 address, u32 bytes, u32 kind);             // align = bytes (at most 16)

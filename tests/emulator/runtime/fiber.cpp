@@ -211,7 +211,7 @@ void wake(Thread& t) {
 }
 void progress() { switches_since_progress = 0; }
 void yield(Thread& t) {
-  if (++switches_since_progress > 400000 + 400 * fibers.size()) {
+  if (++switches_since_progress > 200000 + 200 * fibers.size()) {
     fiber(t).waiting = "polling";
     for (Fiber* f : fibers)
       if (!f->done && !strcmp(f->waiting, "ready")) f->waiting = "polling";

@@ -41,6 +41,11 @@ const u64* find_range(Thread& t, u64 address, u32* index) {
   fail_for(t, OUT_OF_BOUNDS, "%s of %u bytes at global address 0x%llx, outside every allocation%s", write ? "write" : "read", bytes,
        (unsigned long long)address, hint);
 }
+// A loop of polls must not run as long as a loop of arithmetic before the others get their turn.
+inline void spend_on_polling(Thread& t) {
+  if (t.fuel > 8192) t.fuel -= 8192;
+  else refuel(t);
+}
 inline u16 byte_mask(u32 offset, u32 bytes) { return (u16)(((1u << bytes) - 1) << (offset & 15)); }
 }  // namespace
 
@@ -89,7 +94,7 @@ u8* shared_access(Thread& t, u32 address, u32 bytes, u32 kind) {
   if (!(kind & WRITE) || (kind & ATOMIC)) check_initialised(t, address, bytes);
   if (kind & WRITE) mark_initialised(t, address, bytes);
   if ((kind & WRITE) && t.block->hopper) hopper_generic_write(t, address, bytes);
-  if ((kind & STRONG) && !--t.fuel) refuel(t);
+  if (kind & POLL) spend_on_polling(t);
   return p;
 }
 u8* global_at(Thread& t, u64 address, u32 bytes, u32 align, u32 kind) {
@@ -109,7 +114,7 @@ u8* global_access(Thread& t, u64 address, u32 bytes, u32 kind) {
   u8* p = global_at(t, address, bytes, bytes, kind);
   if (counting) count_global(t, address, bytes);
   if (request->race) race_global(t, address, bytes, kind);
-  if ((kind & STRONG) && !--t.fuel) refuel(t);
+  if (kind & POLL) spend_on_polling(t);
   return p;
 }
 u8* local_access(Thread& t, u64 address, u32 bytes) {

@@ -14,6 +14,7 @@
 
 namespace emu {
 namespace {
+constexpr u32 KEPT = WRITE | STRONG | READ_ONLY | ATOMIC | ASYNC;  // bits of a kind that an entry remembers
 struct Entry {
   u32 time, site, run;
   u16 slot, mask;
@@ -140,9 +141,9 @@ void race_shared(Thread& t, u32 address, u32 bytes, u32 kind) {
   if (!request->race) return;
   Block& b = block_of(t, address, "shared");
   for_cells(window_offset(address), bytes, [&](u32 cell, u16 mask, u64 position) {
-    access(shared_cell(b, cell), fiber(t), mask, kind & ~(ACQUIRE | RELEASE), "shared", position);
+    access(shared_cell(b, cell), fiber(t), mask, kind & KEPT, "shared", position);
   });
-  if ((kind & STRONG) && (kind & (ATOMIC | ACQUIRE | RELEASE))) synchronise(fiber(t), address | (u64)b.rank << 40, kind);
+  if (kind & SYNC) synchronise(fiber(t), address | (u64)b.rank << 40, kind);
 }
 void race_global_access(Fiber& t, u32 range, u64 offset, u64 address, u32 bytes, u32 kind) {
   GlobalShadow& shadow = global_shadows[range];
@@ -152,9 +153,9 @@ void race_global_access(Fiber& t, u32 range, u64 offset, u64 address, u32 bytes,
     shadow.cells = (Cell*)mmap(nullptr, shadow.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   }
   for_cells(offset, bytes, [&](u32 cell, u16 mask, u64 position) {
-    access(shadow.cells[cell], t, mask, kind & ~(ACQUIRE | RELEASE), "global", position);
+    access(shadow.cells[cell], t, mask, kind & KEPT, "global", position);
   });
-  if (kind & STRONG) synchronise(t, address, kind);
+  if (kind & SYNC) synchronise(t, address, kind);
 }
 void async_begin(Thread& t, u32 address, u32 bytes, u32 kind) {
   if (request->race) race_shared(t, address, bytes, kind | ASYNC);
