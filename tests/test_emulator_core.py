@@ -163,6 +163,8 @@ def _rounded_once(function: Callable, t: type, toward: str = "nearest") -> Calla
         exact = function(*(Fraction(float(x)) for x in values))
         if exact == 0:
             return native
+        if abs(exact) >= Fraction(2) ** 1024:  # rounds to infinity; float() would raise
+            return native
         near = t(float(exact))
         choices = sorted({float(np.nextafter(near, t(-np.inf))), float(near), float(np.nextafter(near, t(np.inf)))})
         if toward != "nearest":
@@ -177,7 +179,10 @@ def _rounded_once(function: Callable, t: type, toward: str = "nearest") -> Calla
 
         return t(min(choices, key=distance))
 
-    return lambda *v: np.array([one(x) for x in zip(*v, strict=True)], t)
+    def all_of(*v: np.ndarray) -> np.ndarray:
+        return np.array([one(x) for x in zip(*(a.ravel() for a in v), strict=True)], t).reshape(v[0].shape)
+
+    return all_of
 
 
 def _half_fma(t: type) -> Callable:
