@@ -62,7 +62,7 @@ FORWARD: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (128, 128)): Tile(64, 64, 4),
     ("sm_75", (192, 128)): Tile(64, 32, 4),
     ("sm_75", (192, 192)): Tile(64, 32, 4),
-    ("sm_75", (256, 256)): Tile(64, 32, 4),
+    ("sm_75", (256, 256)): Tile(64, 16, 4),
     ("sm_80", (32, 32)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
     ("sm_80", (64, 64)): Tile(128, 64, 4, stages=2, min_blocks=2, q_in_registers=True),
     ("sm_80", (96, 96)): Tile(128, 64, 4, min_blocks=2),
@@ -103,7 +103,7 @@ def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
 # 2026-11-20, chosen.
 BACKWARD_DKDV: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(64, 128, 4),
-    ("sm_75", (64, 64)): Tile(64, 128, 4),
+    ("sm_75", (64, 64)): Tile(64, 128, 8),
     ("sm_75", (96, 96)): Tile(32, 64, 4),
     ("sm_75", (128, 128)): Tile(32, 64, 4),
     ("sm_75", (192, 128)): Tile(32, 64, 4),
@@ -133,7 +133,7 @@ BACKWARD_DKDV: dict[tuple[str, tuple[int, int]], Tile] = {
 }
 BACKWARD_DQ: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(128, 64, 4),
-    ("sm_75", (64, 64)): Tile(128, 64, 4),
+    ("sm_75", (64, 64)): Tile(128, 64, 8),
     ("sm_75", (96, 96)): Tile(64, 32, 4),
     ("sm_75", (128, 128)): Tile(64, 32, 4),
     ("sm_75", (192, 128)): Tile(64, 32, 4),

@@ -11,7 +11,7 @@ template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
 DEV bool remove_non_finite(u32 smem, int first_row = 0) {
     bool found = false;
 #pragma unroll 1
-    for (int i = fresh_thread_id(); i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
+    for (unsigned i = fresh_thread_id(); i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
         const u32 at = smem + Tile::offset(first_row + i / (Tile::COLUMNS / 8), i % (Tile::COLUMNS / 8) * 8);
         const uint4 chunk = ld_shared_v4(at);
         const uint4 clean = make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),

@@ -23,8 +23,8 @@ DEV unsigned fresh_block_id() {
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
     return x;
 }
-DEV int fresh_thread_id() {
-    int x;
+DEV unsigned fresh_thread_id() {
+    unsigned x;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }

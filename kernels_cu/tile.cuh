@@ -144,7 +144,8 @@ struct TileLoader {
 
     DEV_METHOD void fetch(u32 smem, int first_row) {
         if (!vector()) return gather(smem, first_row);
-        const int thread = fresh_thread_id(), row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
+        const unsigned thread = fresh_thread_id();
+        const int row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
         const u32 to = smem + Tile::offset(row, column);
         const u16* from = gmem.base + (first_row + row) * gmem.stride + column;
         const int left = gmem.rows - first_row - row;  // how many rows there are from this thread's first
@@ -167,7 +168,8 @@ struct TileLoader {
     DEV_METHOD void land(u32 smem) {
         cp_async_wait<PENDING>();
         if (HAS_ASYNC_COPY || !vector()) return;
-        const int thread = fresh_thread_id(), row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
+        const unsigned thread = fresh_thread_id();
+        const int row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
         const u32 to = smem + Tile::offset(row, column);
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass)
@@ -181,7 +183,7 @@ struct TileLoader {
   private:
     DEV_METHOD void gather(u32 smem, int first_row) {
 #pragma unroll 1
-        for (int i = fresh_thread_id(); i < Tile::BYTES / 16; i += THREADS) {
+        for (unsigned i = fresh_thread_id(); i < Tile::BYTES / 16; i += THREADS) {
             const int r = i / (Tile::COLUMNS / 8), c = i % (Tile::COLUMNS / 8) * 8;
             st_shared_v4(smem + Tile::offset(r, c), gather_chunk(gmem, first_row + r, c));
         }
