@@ -1,8 +1,6 @@
-"""The NumPy backend, for users without a GPU: the same tiled online softmax as the kernels, on
-BLAS.
+"""The NumPy backend, for users without a GPU: the kernels' tiled online softmax, on BLAS.
 
-Its three functions receive arguments that have been checked, always in the axis order (*B, H, L,
-D).
+Its three functions receive checked arguments, always in the axis order (*B, H, L, D).
 """
 
 from __future__ import annotations
@@ -29,13 +27,11 @@ def merge(
     outs, lses
         At least one (*B, H, Lq, Dv) and (*B, H, Lq) each.
     out
-        Where to write, which may be one of `outs`; allocated in the memory order of the first when
-        None.
+        Where to write, which may be one of `outs`; None: allocated in the first's memory order.
 
     Returns
     -------
-    out, lse as from `forward`. A part with lse = -inf saw no key and has no say, whatever its `out`
-    holds.
+    out, lse as from `forward`. A part with lse = -inf saw no key and has no say, whatever it holds.
     """
     first = outs[0]
     dtype = accumulator(first.dtype)

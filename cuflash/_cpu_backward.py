@@ -1,9 +1,10 @@
 """Attention backward on NumPy arrays: weights recomputed tile by tile from the saved log-sum-exp.
 
-    P = exp(s - lse)     dV = P^T dO     dP = dO V^T     dS = P (dP - delta)     dQ = scale dS K
-    dK = scale dS^T Q delta = rowsum(dO * O) - dlse
+    P = exp(s - lse)     dP = dO V^T      delta = rowsum(dO * O) - dlse
+    dS = P (dP - delta)
+    dV = P^T dO          dQ = scale dS K      dK = scale dS^T Q
 
-A pair that the mask hides has P = dS = 0, set and not multiplied: NaN in a hidden place must reach
+A pair that the mask hides has P = dS = 0, set and not multiplied: NaN in hidden places must reach
 nothing.
 """
 
@@ -110,11 +111,12 @@ def backward(
             grads[name] = buffer
     for grad in grads.values():
         grad[...] = 0
-    if lse.size and call.shape.len_k:
-        with np.errstate(all="ignore"):
+    # NaN, inf and overflow of the user's numbers are results here, not accidents worth a warning.
+    with np.errstate(all="ignore"):
+        if lse.size and call.shape.len_k:
             _backward_units(call, dout, q, k, v, out, lse, dlse, grads)
-    if "alibi_slopes" in wrt:
-        grads["alibi_slopes"] = next(s for s in call.scores if isinstance(s, Alibi)).gradient()
+        if "alibi_slopes" in wrt:
+            grads["alibi_slopes"] = next(s for s in call.scores if isinstance(s, Alibi)).gradient()
     return grads
 
 
@@ -129,31 +131,24 @@ def _backward_units(
     dlse: np.ndarray | None,
     grads: dict[str, np.ndarray],
 ) -> None:
-    """All units; those that share keys (k or v broadcast over a batch axis) add to the same sums,
-    in order."""
-    shape = call.shape
-    rows = {
-        name: None if x is None else shape.group_rows(x)
-        for name, x in {
-            "q": q,
-            "dout": dout,
-            "out": out,
-            "lse": lse,
-            "dlse": dlse,
-            "dq": grads.get("q"),
-        }.items()
-    }
+    """All units, in order: those that share keys (k or v broadcast) add to the same sums."""
+    shape, rows = call.shape, call.shape.group_rows
     sums = {n: _KeySum(grads[n], shape.outer, call.dtype) for n in ("k", "v") if n in grads}
     all_k, all_v = shape.spread(k), shape.spread(v)
     for place in units(shape.outer, call.tiling.heads):
         own = {name: total.begin(place) for name, total in sums.items()}
         unit = _Unit(
             place,
+            q=rows(q)[place],
             k=call.whole(all_k[place]),
             v=call.whole(all_v[place]),
+            dout=rows(dout)[place],
+            out=rows(out)[place],
+            lse=rows(lse)[place],
+            dlse=None if dlse is None else rows(dlse)[place],
+            dq=rows(grads["q"])[place] if "q" in grads else None,
             dk=own.get("k"),
             dv=own.get("v"),
-            **{name: None if x is None else x[place] for name, x in rows.items()},
         )
         for q0, q1 in call.row_tiles():
             _backward_rows(call, unit, q0, q1)

@@ -122,8 +122,7 @@ def _forward_rows(
     v: np.ndarray,  # (*unit, Lk, Dv)
     q0: int,
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
-    """out (*unit, G, rows, Dv) in scratch memory and lse (*unit, G, rows) of the rows from `q0`
-    on."""
+    """out (*unit, G, rows, Dv), in scratch memory, and lse (*unit, G, rows)."""
     *outer, rows, _ = q.shape
     stacked = stack_rows(q, call.dtype) * call.scale
     total = call.scratch.take("total", (*stacked.shape[:-1], v.shape[-1]))

@@ -4,8 +4,7 @@ A mask answers two questions about the rows `q0:q1`, so that the loops never vis
 hides and do no arithmetic on those it leaves whole:
 
     keys(q0, q1)           the range of keys that some row of q0:q1 may see
-    cut(q0, q1, k0, k1)    None when every pair of the tile is visible, else a Cut that knows which
-    are not
+    cut(q0, q1, k0, k1)    None when every pair of the tile is visible, else the Cut that says which
 
 A new mask is another class with these two methods.
 """
@@ -38,8 +37,7 @@ class Cut:
             np.copyto(tile[..., columns], value, where=hidden)
 
     def visible(self, group: int) -> np.ndarray:
-        """bool (group * rows, keys), True = may attend, for the stacked rows of a group of
-        heads."""
+        """bool (group * rows, keys), True = may attend, for a group's stacked rows."""
         visible = np.ones((self.rows, self.keys), dtype=bool)
         for columns, hidden in self.parts:
             visible[:, columns] = ~hidden

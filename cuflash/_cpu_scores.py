@@ -1,9 +1,9 @@
-"""What happens to a tile of scores between `scale * q @ k.T` and the mask, in NumPy: one small
-class per score.
+"""What happens to a tile between `scale * q @ k.T` and the mask: one small class per score.
 
-    apply(scores, place)               in place, scores (*unit, Hkv, G, rows, keys); returns what
-    backward will need backward(grads, saved, place)      in place, gradient of the result ->
-    gradient of the argument
+    apply(scores, place)               changes scores (*unit, G, rows, keys) in place,
+                                       returns what backward will need
+    backward(grads, saved, place)      turns the gradient of the result into that of the argument,
+                                       in place
 
 `place` says which rows and keys of which heads the tile holds. A new score is another class with
 these two methods; one with parameters of its own also accumulates their gradient in `backward` and
@@ -50,8 +50,7 @@ class Softcap:
 
 
 class Alibi:
-    """`s - slope * abs(d - j)`: a linear penalty on the distance between the row's position d and
-    the key j."""
+    """`s - slope * abs(d - j)`: a penalty on the distance from the row's position d to key j."""
 
     def __init__(
         self, slopes: np.ndarray, shape: tuple[int, ...], options: Options, dtype: np.dtype
@@ -63,8 +62,7 @@ class Alibi:
         self.slopes = np.broadcast_to(slopes, self.full_shape).astype(dtype).reshape(shape)
         self.q_offset = options.q_offset
         self.dtype = dtype
-        # One number per head, summed over every pair: float64 costs nothing and keeps the sum exact
-        # enough.
+        # One number per head, summed over every pair: float64 costs nothing here.
         self.slope_grads = np.zeros(shape, dtype=np.float64)
 
     def _distance(self, place: Place) -> np.ndarray:
@@ -89,8 +87,10 @@ class Alibi:
 
 
 def scores_of(options: Options, shape: tuple[int, ...], dtype: np.dtype) -> list[Softcap | Alibi]:
-    """The scores that `options` ask for, in the order in which they are applied; `shape` is (*B,
-    Hkv, G)."""
+    """The scores that `options` ask for, in the order of their application.
+
+    `shape` is (*B, Hkv, G).
+    """
     scores: list[Softcap | Alibi] = []
     if options.softcap is not None:
         scores.append(Softcap(options.softcap))

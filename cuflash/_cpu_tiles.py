@@ -1,5 +1,4 @@
-"""How the NumPy backend cuts a call into tiles: sizes, loops, scratch memory, and products that
-respect the mask.
+"""How the NumPy backend cuts a call into tiles: sizes, loops, scratch, products under a mask.
 
 A step of the backend is one `np.matmul` over a *unit*: a block of (batch, kv head) pairs, all query
 heads of each (GQA shares K and V by stacking the group's rows), `rows` queries and `keys` keys.
@@ -61,8 +60,7 @@ class Shape:
         return (*self.batch, self.heads_kv)
 
     def group_rows(self, x: np.ndarray) -> np.ndarray:
-        """View of q, out or dout (*B, H, Lq, n) as (*B, Hkv, G, Lq, n); of lse (*B, H, Lq) as (*B,
-        Hkv, G, Lq)."""
+        """View of (*B, H, Lq, ...) as (*B, Hkv, G, Lq, ...)."""
         axis = len(self.batch)
         return x.reshape(*x.shape[:axis], self.heads_kv, self.group, *x.shape[axis + 1 :])
 
@@ -73,8 +71,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile extents of one call: `rows` queries of each of the group's heads, `keys` keys, `heads`
-    kv heads a unit."""
+    """Tile extents: `rows` queries of each of the group's heads, `keys` keys, `heads` a unit."""
 
     rows: int
     keys: int
@@ -110,8 +107,7 @@ def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:
 
 
 class Scratch:
-    """Buffers that are reused from tile to tile: fresh pages for every tile would cost as much as
-    the arithmetic."""
+    """Buffers reused from tile to tile: fresh pages would cost as much as the arithmetic."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.dtype = dtype
@@ -152,8 +148,7 @@ class Call:
         )
 
     def whole(self, x: np.ndarray) -> np.ndarray:
-        """K or V of a unit, ready for BLAS if that copy is small (else its tiles are made ready one
-        by one)."""
+        """K or V of a unit, ready for BLAS if that copy is small; else tiles are made ready."""
         return for_blas(x, self.dtype) if x.size * self.dtype.itemsize <= CONVERTED_BYTES else x
 
     def row_tiles(self) -> Iterator[tuple[int, int]]:
@@ -182,8 +177,7 @@ def for_blas(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def stack_rows(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A tile (*unit, Hkv, G, rows, n) as (*unit, Hkv, G * rows, n) in `dtype`: the group's heads
-    share one product."""
+    """A tile (*unit, G, rows, n) as (*unit, G * rows, n): the group's heads share one product."""
     if x.shape[-3] == 1:
         return for_blas(x[..., 0, :, :], dtype)
     dense = np.ascontiguousarray(x, dtype=dtype)

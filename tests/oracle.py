@@ -74,8 +74,7 @@ def distance(len_q: int, len_k: int, q_offset: int | None) -> np.ndarray:
 
 
 def _product(weights: np.ndarray, x: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """`weights @ x` summed over seen pairs only, so that 0 * NaN of an unseen pair is not even
-    formed."""
+    """`weights @ x` over seen pairs only: 0 * NaN of an unseen pair is not even formed."""
     if np.isfinite(x).all() and np.isfinite(weights).all():
         return weights @ x
     rows = [weights[i, seen[i]] @ x[seen[i]] for i in range(len(weights))]
@@ -128,8 +127,7 @@ class _Head:
         }
 
     def gross(self, dout: np.ndarray, dlse: np.ndarray) -> dict[str, Any]:
-        """What `out` and the gradients would be if no term cancelled another; NaN and inf count as
-        0."""
+        """`out` and gradients if no term cancelled another; NaN and inf count as 0."""
         weights = finite_part(self.weights)
         q, k, v, dout, dlse = (abs(finite_part(x)) for x in (self.q, self.k, self.v, dout, dlse))
         dweights = dout @ v.T
@@ -146,8 +144,7 @@ class _Head:
 
 
 def _heads(q: Any, k: Any, v: Any, options: dict[str, Any], visit: Callable[..., None]) -> None:
-    """Call `visit(index, {"k": its index, "v": its index}, head)` for every (batch, query head), in
-    float64."""
+    """Call `visit(index, {"k": its index, "v": its index}, head)` for every (batch, query head)."""
     q, k, v = (np.asarray(x).astype(np.float64) for x in (q, k, v))
     options = dict(options)
     scale, softcap, slopes = (

@@ -26,8 +26,7 @@ def _describe(name: str, case: Any, at: Any, got: Any, gold: Any, lp: Any, text:
 
 
 def floor_of(gold: np.ndarray, dtype: Any) -> float:
-    """What rounding alone may cost, where the honest error happens to be 0: two roundings at gold +
-    0.3."""
+    """What rounding alone may cost where the honest error is 0: two roundings at gold + 0.3."""
     dtype = np.dtype(dtype)
     finite = gold[np.isfinite(gold)]
     if finite.size == 0:
@@ -60,8 +59,7 @@ def check(
     gross: np.ndarray | None = None,
     tile: int = 128,
 ) -> None:
-    """Rule T: finiteness first, then error against `mult` times the error of the honest
-    computation.
+    """Rule T: finiteness first, then error against `mult` times that of the honest computation.
 
     Applied to the whole array, and again to every (batch, head) slice and every `tile` rows of it,
     so that one large error cannot excuse a small wrong region. Where exact values are finite `got`
@@ -139,8 +137,7 @@ def check(
 
 
 def check_lse(got: Any, gold: np.ndarray, dtype: Any, *, case: Any = None) -> None:
-    """lse to 1e-5 absolute and relative (1e-12 in float64); -inf exactly where no key is seen, NaN
-    where NaN is."""
+    """lse to 1e-5 absolute and relative (1e-12 in float64); -inf and NaN exactly where they are."""
     got = np.asarray(got)
     wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
     assert got.shape == gold.shape, (
@@ -167,8 +164,7 @@ def check_lse(got: Any, gold: np.ndarray, dtype: Any, *, case: Any = None) -> No
 
 
 def score_step(lse: np.ndarray, dtype: Any) -> float:
-    """What a weight exp(s - lse) may be off, relatively: a step of float32 (float64) at 1 and one
-    at the largest lse."""
+    """What a weight exp(s - lse) may be off, relatively: a float32 step at 1 and at max(lse)."""
     wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
     size = np.abs(lse[np.isfinite(lse)]).max(initial=1.0)
     return float(np.finfo(wide).eps + np.spacing(wide(size)))
@@ -184,8 +180,7 @@ def check_all(
     lse: Any = None,
     grads: dict[str, Any] | None = None,
 ) -> None:
-    """`check` and `check_lse` for whatever is given; `grads` by name ("q", "k", "v",
-    "alibi_slopes"), None ones skipped."""
+    """`check` and `check_lse` for whatever is given; `grads` by name, None ones skipped."""
     if lse is not None:
         check_lse(lse, truth.lse, q_dtype, case=case)
     if out is not None:
