@@ -66,6 +66,7 @@ class Box:
     at: tuple[int, ...]
     kind: str = "float16"
     swizzle: int = 0
+    fill_nan: bool = False
 
     @property
     def bytes(self) -> int:
@@ -83,7 +84,7 @@ class Box:
 
     def argument(self, buffer: object, array: np.ndarray) -> MapOf:
         strides = tuple(int(s) for s in array.strides[-2::-1])
-        return MapOf(buffer, self.kind, self.dims, strides, self.box, self.swizzle)
+        return MapOf(buffer, self.kind, self.dims, strides, self.box, self.swizzle, self.fill_nan)
 
     def index(self) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
         """Index arrays into the tensor (outermost first) of every box element, and which of them
@@ -103,15 +104,16 @@ class Box:
 def _load_case(b: Box, rng: np.random.Generator) -> Case:
     tensor = b.tensor(rng)
     index, inside = b.index()
-    box = np.where(inside, tensor[index], np.zeros((), tensor.dtype))
+    outside = np.full((), np.nan if b.fill_nan else 0, tensor.dtype)
+    box = np.where(inside, tensor[index], outside)
     return Case(
         [
             b.argument(tensor, tensor),
             tensor,
             np.array([*b.at, 0, 0, 0, 0][:5], np.int32),
-            blank(b.bytes, np.uint8),
+            blank(box.size, box.dtype),  # typed, because the payload of a NaN does not matter
         ],
-        [b.row_bytes(box).reshape(-1)],
+        [b.row_bytes(box).reshape(-1).view(box.dtype)],
     )
 
 
@@ -130,7 +132,7 @@ def _load(name: str, b: Box, hint: bool = False) -> Form:
     return Form(
         name=name,
         group="sm_90a",
-        parameters="const __grid_constant__ TensorMap map, const void* tensor, const i32* at, u8* out",
+        parameters="const __grid_constant__ TensorMap map, const void* tensor, const i32* at, void* out",
         shared=b.bytes + 16,
         functions=BASIC + TRY,
         body=OPEN.format(bytes=b.bytes)
@@ -246,6 +248,35 @@ def _plain_out(name: str, instruction: str, kind: str, reduce: bool) -> Form:
     )
 
 
+# Hints and fences that compute nothing: what counts is that they are accepted and change nothing.
+_HINTED = Box((64, 8), (64, 8), (0, 0), swizzle=128)
+HINTS = Form(
+    name="tma_hints",
+    group="sm_90a",
+    parameters="const __grid_constant__ TensorMap map, const void* tensor, const i32* at, void* out",
+    shared=_HINTED.bytes + 16,
+    functions=BASIC + TRY,
+    body="""
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");"""
+    + OPEN.format(bytes=_HINTED.bytes)
+    + """
+    if (lane == 0) {
+        asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
+        asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" :: "l"(&map) : "memory");
+        asm volatile("fence.proxy.async.global;" ::: "memory");
+        asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];"
+            :: "l"(&map), "r"(0), "r"(0) : "memory");"""
+    + EXPECT.format(bytes=_HINTED.bytes)
+    + """
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%2, %3}], [%4];"
+            :: "r"(data), "l"(&map), "r"(0), "r"(0), "r"(barrier) : "memory");
+    }"""
+    + WAIT_AND_COPY_OUT.format(bytes=_HINTED.bytes),
+    make=lambda rng: _load_case(_HINTED, rng),
+)
+
 _REDUCE = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add"
 EDGES = {  # boxes inside, over the low edge, over the high edge, wholly outside
     "inside": (8, 3),
@@ -274,6 +305,9 @@ FORMS = [
     ),
     _load("tma_load_2d_swizzle_128_float32", Box((40, 20), (32, 16), (8, 9), "float32", 128)),
     _load("tma_load_2d_bfloat16_hint", Box((64, 16), (64, 8), (0, 4), "bfloat16", 128), hint=True),
+    _load("tma_load_2d_fill_nan", Box((60, 11), (32, 8), (48, 7), fill_nan=True)),
+    _load("tma_load_2d_fill_nan_float32", Box((40, 20), (32, 16), (-8, 9), "float32", 128, True)),
+    HINTS,
     _load("tma_load_3d", Box((64, 9, 5), (64, 4, 3), (0, 7, 3), swizzle=128)),
     _load("tma_load_4d", Box((64, 6, 3, 4), (64, 4, 1, 2), (0, 1, 2, 2), swizzle=128)),
     # d = 192 seen as three slabs of 64: one instruction writes slab after slab

@@ -62,6 +62,8 @@ class MapOf:
         Box extents, innermost first.
     swizzle : int
         0, 32, 64 or 128: the span in bytes.
+    fill_nan : bool
+        Elements outside the tensor read as NaN instead of zero.
     """
 
     buffer: Any
@@ -70,6 +72,7 @@ class MapOf:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzle: int = 0
+    fill_nan: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class Case:
         for a in self.arguments:
             data = a.initial if isinstance(a, Output) else a
             if isinstance(data, MapOf):
-                text = (data.kind, data.dims, data.strides, data.box, data.swizzle)
+                text = (data.kind, data.dims, data.strides, data.box, data.swizzle, data.fill_nan)
                 h.update(repr(text).encode())
             else:
                 h.update(np.ascontiguousarray(data).tobytes())

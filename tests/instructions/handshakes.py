@@ -216,7 +216,37 @@ def _copy(noinc: bool) -> Form:
     )
 
 
+def _transaction_case(rng: np.random.Generator) -> Case:
+    """A phase ends when both the arrivals and the bytes are complete, whichever comes last."""
+    return Case([blank(4, np.uint32)], [np.array([0, 0, 1, 1], np.uint32)])
+
+
+TRANSACTION = Form(
+    name="mbarrier_expect_complete_tx",
+    group="sm_90a",
+    parameters="u32* out",
+    shared=8,
+    functions=BASIC + TRY,
+    body="""
+    const u32 b = shared_address(smem);
+    if (lane == 0) {
+        init_barrier(b, 1);
+        asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], 64;" :: "r"(b) : "memory");
+        out[0] = test_parity(b, 0);
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(b) : "memory");
+        out[1] = test_parity(b, 0);
+        asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], 64;" :: "r"(b) : "memory");
+        out[2] = test_parity(b, 0);
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], 32;" :: "r"(b) : "memory");
+        asm volatile("mbarrier.complete_tx.relaxed.cta.shared::cta.b64 [%0], 32;" :: "r"(b) : "memory");
+        out[3] = test_parity(b, 1);
+    }""",
+    make=_transaction_case,
+)
+
+
 FORMS = [
+    TRANSACTION,
     _rotate(
         "mbarrier_arrive_test_wait_parity",
         "sm_80",

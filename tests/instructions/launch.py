@@ -106,7 +106,13 @@ class EmulatorRunner:
 
         def encode(m: MapOf, buffer: np.ndarray) -> np.void:
             return tensor_map(
-                buffer.ctypes.data, m.kind, m.dims, m.strides, m.box, swizzle=m.swizzle
+                buffer.ctypes.data,
+                m.kind,
+                m.dims,
+                m.strides,
+                m.box,
+                swizzle=m.swizzle,
+                fill_nan=m.fill_nan,
             )
 
         values, outputs = arguments(case, module.memory.copy, encode)
@@ -210,7 +216,7 @@ def encode_tensor_map(pointer: int, m: MapOf) -> np.ndarray:
         ctypes.c_int(0),
         ctypes.c_int(_DRIVER_SWIZZLE[m.swizzle]),
         ctypes.c_int(0),
-        ctypes.c_int(0),
+        ctypes.c_int(m.fill_nan),
     )
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled returned {status} for {m}")
