@@ -80,12 +80,9 @@ class Band:
         # as good.
         lowest = -rows if self.left is None else _clip(shift - self.left, -rows, keys)
         highest = keys if self.right is None else _clip(shift + self.right, -rows, keys)
-        left_end = _clip(
-            rows - 1 + lowest, 0, keys
-        )  # keys before this one are hidden from the last row
-        right_start = _clip(
-            highest + 1, 0, keys
-        )  # keys from this one on are hidden from the first row
+        # The last row does not see the keys before left_end, nor the first row those from right_start.
+        left_end = _clip(rows - 1 + lowest, 0, keys)
+        right_start = _clip(highest + 1, 0, keys)
         if left_end == 0 and right_start == keys:
             return None
         ranges = [(0, left_end), (right_start, keys)] if left_end <= right_start else [(0, keys)]
