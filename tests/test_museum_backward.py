@@ -29,7 +29,7 @@ def arrays(
 def close(a: Any, b: Any, factor: float = 1.0) -> bool:
     """Equal up to a few roundings of the coarser dtype at the size of the arrays."""
     a, b = np.asarray(a), np.asarray(b)
-    step = max(oracle.eps(x.dtype) for x in (a, b)) if a.dtype != np.float64 else 1e-14
+    step = max(1e-14, *(oracle.eps(x.dtype) for x in (a, b)))
     a, b = a.astype(np.float64), b.astype(np.float64)
     size = max(np.abs(a).max(initial=0), np.abs(b).max(initial=0))
     return bool(np.abs(a - b).max(initial=0) <= 4 * factor * step * size)
@@ -62,7 +62,7 @@ def test_L11_backward_twice_and_linear(backend: Machine) -> None:
     q, k, v, dout = arrays(11, dtype=backend.exact)
     other = normal(np.random.default_rng(12), *dout.shape, dtype=backend.exact)
     # On a grid, so that the combination below is exact in every dtype.
-    dout, other = (np.round(x.astype(np.float64) * 64).astype(x.dtype) / 64 for x in (dout, other))
+    dout, other = ((np.round(x.astype(float) * 64) / 64).astype(x.dtype) for x in (dout, other))
     out, lse = backend.attention(q, k, v, causal=True, return_lse=True)
     run: dict[str, Any] = {"causal": True, "deterministic": True}
     first = backend.backward(dout, q, k, v, out, lse, **run)
@@ -101,11 +101,11 @@ def test_L13_sums(backend: Machine, options: dict[str, Any]) -> None:
     assert np.abs(by_q - by_k).max() <= step * scale
     # The weights of a row that sees keys sum to 1: dv summed over keys is dout summed over those rows.
     seen = ~np.isneginf(lse)
-    want = (
-        np.where(seen[..., None], dout64, 0).reshape(1, k.shape[1], -1, dout.shape[-1]).sum(axis=2)
-    )
-    spread = np.sqrt(dv.shape[2] * group) * np.abs(dv).max() * 4
-    assert np.abs(dv.sum(axis=2) - want).max() <= step * spread
+    rows = np.where(seen[..., None], dout64, 0).reshape(1, k.shape[1], -1, dout.shape[-1])
+    error = np.abs(dv.sum(axis=2) - rows.sum(axis=2))
+    # Each weight and each dv carries a rounding; exp of a score near 10 makes ten of the former.
+    assert (error <= step * (10 * np.abs(rows).sum(axis=2) + np.abs(dv).sum(axis=2))).all()
+    assert np.median(error) <= step * np.abs(rows).sum(axis=2).mean()
 
 
 def test_L13_scaling_the_values(backend: Machine) -> None:

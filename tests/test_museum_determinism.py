@@ -1,4 +1,4 @@
-"""Museum families G and M: the same bits every time, on any schedule, thread or stream; others' bugs under their numbers."""
+"""Museum families G and M: the same bits on any schedule, thread or stream; others' bugs by number."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_M_threads_may_call_at_once() -> None:
 
 def test_M11_each_device_has_its_own_prepared_calls() -> None:
     """The key of a prepared call names the device: a kernel loaded on one is never launched on another."""
-    q, k, v, dout = arrays(11)
+    q, k, v, _ = arrays(11)
     with Emulator("sm_80") as first:
         check_forward(first, q, k, v)
         launched = len(first.device.launches)
