@@ -216,8 +216,9 @@ class Backward:
         accumulate: bool = False,
     ) -> Specialization:
         """One of the backward kernels; `accumulate`: dkdv also gathers dQ."""
-        tile = _tuning.backward_tile(kernel, arch, *dims)
-        shared = _tuning.backward_shared_bytes(kernel, tile, *dims)
+        row = f"{kernel}_accumulate" if accumulate else kernel
+        tile = _tuning.backward_tile(row, arch, *dims)
+        shared = _tuning.backward_shared_bytes(row, tile, *dims)
         if kernel != "backward_dkdv":
             return _specialize(kernel, arch, element, dims, linear, tile, shared)
         variant = "accumulate" if accumulate else ""

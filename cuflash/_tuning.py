@@ -131,6 +131,16 @@ BACKWARD_DKDV: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_90", (192, 192)): Tile(32, 128, 8, stages=2),
     ("sm_90", (256, 256)): Tile(32, 128, 8, stages=2),
 }
+# The same with a tile of dS in shared memory, for dQ on the way.
+BACKWARD_DKDV_ACCUMULATE: dict[tuple[str, tuple[int, int]], Tile] = {
+    **BACKWARD_DKDV,
+    ("sm_75", (64, 64)): Tile(32, 128, 8),
+    ("sm_75", (192, 128)): Tile(32, 32, 2),
+    ("sm_75", (192, 192)): Tile(32, 32, 2),
+    ("sm_80", (256, 256)): Tile(32, 64, 4, stages=2),
+    ("sm_86", (128, 128)): Tile(32, 128, 8),
+    ("sm_86", (256, 256)): Tile(16, 64, 4),
+}
 BACKWARD_DQ: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(128, 64, 4),
     ("sm_75", (64, 64)): Tile(128, 64, 8),
@@ -173,19 +183,24 @@ def backward_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Til
     """The tile of one of the backward kernels."""
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
-    table = {"backward_dkdv": BACKWARD_DKDV, "backward_dq": BACKWARD_DQ}[kernel]
+    table = {
+        "backward_dkdv": BACKWARD_DKDV,
+        "backward_dkdv_accumulate": BACKWARD_DKDV_ACCUMULATE,
+        "backward_dq": BACKWARD_DQ,
+    }[kernel]
     return table[family(arch), (head_dim, head_dim_v)]
 
 
 def backward_shared_bytes(kernel: str, tile: Tile, head_dim: int, head_dim_v: int) -> int:
     """Dynamic shared memory of one of the backward kernels.
 
-    dkdv keeps tiles of K and V, and `stages` tiles of Q and dO with two floats per row; dq keeps tiles of Q and dO, and
-    `stages` tiles of K and V.
+    dkdv keeps tiles of K and V, and `stages` tiles of Q and dO with two floats per row; where it gathers dQ also a tile
+    of dS. dq keeps tiles of Q and dO, and `stages` tiles of K and V.
     """
     row = 2 * (head_dim + head_dim_v)
-    if kernel == "backward_dkdv":
-        return tile.block_k * row + tile.stages * tile.block_q * (row + 8)
+    if kernel in ("backward_dkdv", "backward_dkdv_accumulate"):
+        scores = 2 * tile.block_k * max(32, tile.block_q) if kernel.endswith("accumulate") else 0
+        return tile.block_k * row + tile.stages * tile.block_q * (row + 8) + scores
     if kernel == "backward_dq":
         return tile.block_q * row + tile.stages * tile.block_k * row
     return 0

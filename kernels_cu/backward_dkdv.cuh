@@ -4,7 +4,7 @@
 // Grid: batch * heads_kv * schedule.tiles blocks, schedule.tiles = ceil(len_k / BLOCK_K). p.dk or p.dv may be null.
 #pragma once
 
-#include "backward_tile.cuh"
+#include "backward_accumulate.cuh"
 
 namespace backward {
 
@@ -17,14 +17,18 @@ template <class C> struct KeyLayout {
     static constexpr int STATISTICS_BYTES =
         C::BLOCK_Q * 2 * 4;  // lse_log2 [BLOCK_Q], delta [BLOCK_Q]
     static constexpr int STAGE_BYTES = TileQ::BYTES + TileDout::BYTES + STATISTICS_BYTES;
-    static constexpr int BYTES = TileK::BYTES + TileV::BYTES + C::STAGES * STAGE_BYTES;
+    static constexpr int DS = TileK::BYTES + TileV::BYTES + C::STAGES * STAGE_BYTES;
+    static constexpr int BYTES = DS + (C::ACCUMULATE_DQ ? QueryAccumulator<C>::TileDs::BYTES : 0);
     static_assert(BYTES == C::SHARED_BYTES,
                   "_tuning.backward_dkdv_shared_bytes disagrees with the layout");
     static_assert(STATISTICS_BYTES % 128 == 0, "tiles begin at multiples of 128");
 
-    u32 k, v, stages;
+    u32 k, v, stages, ds;
     DEV_METHOD explicit KeyLayout(u32 base)
-        : k(base), v(base + TileK::BYTES), stages(base + TileK::BYTES + TileV::BYTES) {}
+        : k(base),
+          v(base + TileK::BYTES),
+          stages(base + TileK::BYTES + TileV::BYTES),
+          ds(base + DS) {}
     DEV_METHOD u32 q(int stage) const { return stages + stage * STAGE_BYTES; }
     DEV_METHOD u32 dout(int stage) const { return q(stage) + TileQ::BYTES; }
     DEV_METHOD u32 lse_log2(int stage) const { return dout(stage) + TileDout::BYTES; }
@@ -39,6 +43,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using Element = typename C::Element;
     using Score = typename C::Score;
     using Layout = KeyLayout<C>;
+    using Dq = QueryAccumulator<C>;
     using TileQ = typename Layout::TileQ;
     using TileDout = typename Layout::TileDout;
     using TileK = typename Layout::TileK;
@@ -46,12 +51,14 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     static constexpr int THREADS = C::WARPS * 32, M16 = C::BLOCK_K / (16 * C::WARPS);
     static_assert(M16 * 16 * C::WARPS == C::BLOCK_K, "a warp owns whole strips of 16 keys");
     static constexpr int COLUMNS = (WANT_DK ? C::HEAD_DIM : 0) + (WANT_DV ? C::HEAD_DIM_V : 0);
+    static constexpr bool ACCUMULATE_DQ = C::ACCUMULATE_DQ && WANT_DK;
     static constexpr int CHUNK = chunk_columns<M16, COLUMNS, C::BLOCK_Q>();
 
     const BackwardParams& p;
     const Layout layout;
     const typename C::Mask mask;
     int first_key;
+    bool repair_k;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
     i64 q_at, dout_at, rows_at;  // offsets of the group's first head in Q, dO and the statistics
     Accumulator<M16, WANT_DK ? C::HEAD_DIM / 8 : 1> dk;
     Accumulator<M16, WANT_DV ? C::HEAD_DIM_V / 8 : 1> dv;
@@ -95,6 +102,11 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         const int first = rows.begin / C::BLOCK_Q, end = (rows.end - 1) / C::BLOCK_Q + 1;
         load_keys();
         load_rows(0, first, 0);
+        if constexpr (ACCUMULATE_DQ) {
+            cp_async_wait<0>();
+            __syncthreads();
+            repair_k = has_non_finite<Element, TileK, THREADS>(layout.k);
+        }
         int stage = 0;
         bool repaired = false;
 #pragma unroll 1
@@ -119,17 +131,25 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             }
         }
         if (repaired) add_back(first, end);
+        if constexpr (ACCUMULATE_DQ) {
+            if (repair_k) add_back_dq(first, end);
+            cp_async_wait<0>();
+            __syncthreads();  // every warp has read all of K, over which gradients are staged next
+        }
+    }
+
+    DEV_METHOD GlobalRows k_gmem() const {
+        const Work work = key_work();
+        return head_rows(p.k, p.k_strides, work, work.head, p.shape.len_k, p.shape.head_dim,
+                         p.shape.flags & FLAG_K_VECTOR);
     }
 
     DEV_METHOD void load_keys() {
-        const Work work = key_work();
-        const Shape& shape = p.shape;
-        load_tile<TileK>(head_rows(p.k, p.k_strides, work, work.head, shape.len_k, shape.head_dim,
-                                   shape.flags & FLAG_K_VECTOR),
-                         layout.k, first_key);
+        load_tile<TileK>(k_gmem(), layout.k, first_key);
         if (!WANT_DK) return;
-        load_tile<TileV>(head_rows(p.v, p.v_strides, work, work.head, shape.len_k, shape.head_dim_v,
-                                   shape.flags & FLAG_V_VECTOR),
+        const Work work = key_work();
+        load_tile<TileV>(head_rows(p.v, p.v_strides, work, work.head, p.shape.len_k,
+                                   p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR),
                          layout.v, first_key);
     }
 
@@ -189,13 +209,44 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                     repaired |=
                         remove_non_finite<Element, TileQ, THREADS, CHUNK>(layout.q(stage), column);
             }
+            if constexpr (ACCUMULATE_DQ) Dq::put(layout.ds, ds, warp_key(), column);
             if constexpr (WANT_DV)
                 multiply<Element, TileDout>(dv, s,
                                             row_address<TileDout>(layout.dout(stage), column));
             if constexpr (WANT_DK)
                 multiply<Element, TileQ>(dk, ds, row_address<TileQ>(layout.q(stage), column));
         }
+        if constexpr (ACCUMULATE_DQ) add_dq(head, first_row, isolate && repair_k);
         return repaired;
+    }
+
+    // dQ += dS K for one tile of rows.
+    DEV_METHOD void add_dq(int head, int first_row, bool repair) {
+        __syncthreads();  // dS of all keys is there
+        if (repair) remove_non_finite<Element, TileK, THREADS>(layout.k);
+        Dq::add(accum(head, first_row), p.shape.len_q - first_row, p.shape.head_dim, layout.ds,
+                layout.k);
+        if (!repair) return;
+        __syncthreads();
+        load_tile<TileK>(k_gmem(), layout.k, first_key);  // the next scores need K as it is
+        cp_async_commit();
+        // It is waited for together with the next tile of rows.
+    }
+
+    DEV_METHOD void add_back_dq(int first, int end) {
+#pragma unroll 1
+        for (int head = 0; head < p.shape.group; ++head)
+#pragma unroll 1
+            for (int tile = first; tile < end; ++tile) {
+                const Range rows = {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
+                if (mask.isolates(rows, keys()))
+                    Dq::add_back(accum(head, rows.begin), k_gmem(), mask, rows, keys());
+            }
+    }
+
+    // Row `row` of the group's query head `head` in the workspace.
+    DEV_METHOD float* accum(int head, int row) const {
+        return p.dq_accum + (rows_at + (i64)head * p.shape.len_q + row) * C::HEAD_DIM;
     }
 
     // What repairs took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that the row sees. Walks the tiles that
@@ -293,7 +344,7 @@ template <class C> __device__ void backward_dkdv(const BackwardParams& p) {
             block.finish();
             __syncthreads();
         }
-        if (p.dk != nullptr) {
+        if (p.dk != nullptr || C::ACCUMULATE_DQ) {
             backward::KeyBlock<C, true, false> block(p, shared_address(shared_memory));
             block.walk();
             block.finish();

@@ -1,23 +1,26 @@
-// One function per PTX instruction: asm text lives here and nowhere else. Instructions of sm_75 to sm_90 that the mma.sync
-// family needs; what an architecture lacks is replaced here, so callers never ask which one they run on.
+// One function per PTX instruction: asm text lives here and nowhere else. Instructions of sm_75 to
+// sm_90 that the mma.sync family needs; what an architecture lacks is replaced here, so callers
+// never ask which one they run on.
 #pragma once
 
 #include "params.cuh"
 
-#define DEV static __device__ __forceinline__      // free functions and static members
-#define DEV_METHOD __device__ __forceinline__      // members of a struct
+#define DEV static __device__ __forceinline__  // free functions and static members
+#define DEV_METHOD __device__ __forceinline__  // members of a struct
 
 #if __CUDA_ARCH__ >= 800
 constexpr bool HAS_ASYNC_COPY = true;
 #else
-constexpr bool HAS_ASYNC_COPY = false;  // Turing: tiles travel through registers, no bf16, mma has k8
+constexpr bool HAS_ASYNC_COPY =
+    false;  // Turing: tiles travel through registers, no bf16, mma has k8
 #endif
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
 
 DEV int lane_id() { return threadIdx.x % 32; }
 DEV int warp_id() { return threadIdx.x / 32; }
-// Read anew at every call, so that what is computed from them is not kept in registers across a main loop.
+// Read anew at every call, so that what is computed from them is not kept in registers across a
+// main loop.
 DEV unsigned fresh_block_id() {
     unsigned x;
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
@@ -28,7 +31,8 @@ DEV unsigned fresh_thread_id() {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x;
 }
-// x, as a value of unknown origin: addresses made from it are computed where they are used, not kept in registers across a loop.
+// x, as a value of unknown origin: addresses made from it are computed where they are used, not
+// kept in registers across a loop.
 DEV u32 opaque(u32 x) {
     asm volatile("mov.u32 %0, %0;" : "+r"(x));
     return x;
@@ -36,12 +40,12 @@ DEV u32 opaque(u32 x) {
 DEV float neg_infinity() { return __int_as_float(0xff800000); }
 DEV float positive_infinity() { return __int_as_float(0x7f800000); }
 
-// ---- addresses ------------------------------------------------------------------------------------------------------
+// ---- addresses ----------------------------------------------------------------------------------
 
 DEV u32 shared_address(const void* smem) { return (u32)__cvta_generic_to_shared(smem); }
 DEV u64 global_address(const void* gmem) { return (u64)__cvta_generic_to_global(gmem); }
 
-// ---- loads and stores -----------------------------------------------------------------------------------------------
+// ---- loads and stores ---------------------------------------------------------------------------
 
 DEV u16 ld_global_u16(const u16* gmem) {
     u16 x;
@@ -64,6 +68,11 @@ DEV void st_global_v4(void* gmem, uint4 x) {
                  "r"(x.y), "r"(x.z), "r"(x.w)
                  : "memory");
 }
+DEV u16 ld_shared_u16(u32 smem) {
+    u16 x;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(smem) : "memory");
+    return x;
+}
 DEV u32 ld_shared_u32(u32 smem) {
     u32 x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
@@ -83,31 +92,35 @@ DEV uint4 ld_shared_v4(u32 smem) {
                  : "memory");
     return x;
 }
+DEV void st_shared_u16(u32 smem, u16 x) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(x) : "memory");
+}
 DEV void st_shared_u32(u32 smem, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
 DEV void st_shared_f32(u32 smem, float x) { st_shared_u32(smem, __float_as_uint(x)); }
 DEV void st_shared_v4(u32 smem, uint4 x) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y), "r"(x.z),
-                 "r"(x.w)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
                  : "memory");
 }
 
-// ---- asynchronous copies (sm_80+; callers test HAS_ASYNC_COPY where a substitute is needed) -------------------------
+// ---- asynchronous copies (sm_80+; callers test HAS_ASYNC_COPY where a substitute is needed) -----
 
-// 16 bytes global -> shared past L1; only the first `bytes` (0 or 16) are read, the rest of the destination becomes zero.
+// 16 bytes global -> shared past L1; only the first `bytes` (0 or 16) are read, the rest of the
+// destination becomes zero.
 DEV void cp_async_16(u32 smem, const void* gmem, int bytes) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global_address(gmem)),
-                 "r"(bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem),
+                 "l"(global_address(gmem)), "r"(bytes)
                  : "memory");
 #endif
 }
 // 4 bytes, likewise.
 DEV void cp_async_4(u32 smem, const void* gmem, int bytes) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem), "l"(global_address(gmem)),
-                 "r"(bytes)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem),
+                 "l"(global_address(gmem)), "r"(bytes)
                  : "memory");
 #endif
 }
@@ -116,15 +129,35 @@ DEV void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Returns when at most PENDING of this thread's newest groups are still on their way. Other threads need a barrier too.
-template <int PENDING>
-DEV void cp_async_wait() {
+// Returns when at most PENDING of this thread's newest groups are still on their way. Other threads
+// need a barrier too.
+template <int PENDING> DEV void cp_async_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
 
-// ---- matrix fragments -----------------------------------------------------------------------------------------------
+// ---- reductions in global memory: *gmem += x, in whatever order threads arrive ---------------------------------------
+
+#if __CUDA_ARCH__ >= 900
+constexpr bool HAS_VECTOR_REDUCTION = true;
+#else
+constexpr bool HAS_VECTOR_REDUCTION = false;
+#endif
+
+DEV void red_global_add_f32(float* gmem, float x) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(global_address(gmem)), "f"(x) : "memory");
+}
+// Four neighbours at once, each atomic by itself; 16-byte aligned. Callers test HAS_VECTOR_REDUCTION.
+DEV void red_global_add_v4(float* gmem, float4 x) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(global_address(gmem)),
+                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
+                 : "memory");
+#endif
+}
+
+// ---- matrix fragments ---------------------------------------------------------------------------
 
 // Lane i gives the address of one 16-byte row: lanes 0-7 matrix 0, 8-15 matrix 1, ...
 DEV void ldmatrix_x4(u32 (&r)[4], u32 smem) {
@@ -142,21 +175,24 @@ DEV void ldmatrix_x4_trans(u32 (&r)[4], u32 smem) {
 
 DEV void mma_m16n8k8_f16(float (&d)[4], u32 a0, u32 a1, u32 b0) {
     asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, "
+        "%1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a0), "r"(a1), "r"(b0));
 }
 #if __CUDA_ARCH__ >= 800
 DEV void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DEV void mma_m16n8k16_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -169,7 +205,7 @@ DEV void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 #endif
 
-// ---- conversions: `low` goes to the lower 16 bits; round to nearest even, subnormals kept ---------------------------
+// ---- conversions: `low` goes to the lower 16 bits; round to nearest even, subnormals kept -------
 
 DEV u16 cvt_rn_f16_f32(float x) {
     u16 y;
@@ -198,7 +234,7 @@ DEV u32 cvt_rn_f16x2_f32(float low, float high) {
 }
 #endif
 
-// ---- selection ------------------------------------------------------------------------------------------------------
+// ---- selection ----------------------------------------------------------------------------------
 
 // The smaller one; NaN when either is NaN (min.f32 and fminf would return the other).
 DEV float min_or_nan(float a, float b) {
@@ -211,7 +247,8 @@ DEV float min_or_nan(float a, float b) {
 #endif
 }
 
-// ---- approximate functions (relative error about 2^-22); .ftz only flushes arguments and results below 2^-126 -------
+// ---- approximate functions: relative error about 2^-22 ------------------------------------------
+// .ftz only flushes arguments and results below 2^-126.
 
 DEV float ex2_approx(float x) {
     float y;
