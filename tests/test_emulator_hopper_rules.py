@@ -22,7 +22,6 @@ from tests.emulator.errors import (
     Misaligned,
     OutOfBounds,
     Uninitialised,
-    Unsupported,
 )
 from tests.emulator.module import Module
 from tests.emulator.nvrtc import Nvrtc
@@ -286,13 +285,53 @@ def test_elected_lane_depends_on_the_seed_but_not_on_the_call() -> None:
     assert len(seen) == 4 and 0 in seen
 
 
-def test_clusters_of_several_blocks_are_refused_where_they_matter() -> None:
-    body = 'asm volatile("barrier.cluster.arrive.aligned;"); asm volatile("barrier.cluster.wait.aligned;");'
-    m = Module(_compile(PRELUDE + _kernel("kernel", body, 32)))
+CLUSTER_RULES = {
+    # what block 0 put into its memory is read by block 1 without a barrier between
+    "remote_read_unordered": (
+        (DataRace, Uninitialised),
+        "race|never written",
+        "if (r == 0) smem[threadIdx.x] = 1; else out[threadIdx.x] = remote(data, 0); ARRIVE; WAIT;",
+    ),
+    "arrive_twice": (AsyncMisuse, "arrive twice", "ARRIVE; ARRIVE;"),
+    "wait_only": (AsyncMisuse, "without barrier.cluster.arrive", "WAIT;"),
+    "no_such_rank": (AsyncMisuse, "rank 2 in a cluster of 2", "out[0] = remote(data, 2);"),
+    "memory_of_an_ended_block": (
+        AsyncMisuse,
+        "threads have all ended",
+        "if (r == 0) return; for (int i = 0; i < 100000; ++i) out[1] = remote(data, 0) * 0 + i;",
+    ),
+    "barrier_of_nobody": (
+        (Deadlock, Divergence),
+        "barrier.cluster",
+        "if (r == 0) { ARRIVE; WAIT; } else if (threadIdx.x == 0) { init(b, 1); while (!done(b, 0)) {} }",
+    ),
+}
+CLUSTER_FUNCTIONS = """
+#define ARRIVE asm volatile("barrier.cluster.arrive.aligned;" ::: "memory")
+#define WAIT asm volatile("barrier.cluster.wait.aligned;" ::: "memory")
+static __device__ __forceinline__ u32 remote(u32 address, u32 rank) {
+    u32 mapped, value;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(mapped) : "memory");
+    return value;
+}
+"""
+
+
+@cache
+def cluster_module() -> Module:
+    rank = 'u32 r; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));'
+    kernels = [_kernel(n, f"{rank} {body}", 32) for n, (_, _, body) in CLUSTER_RULES.items()]
+    return Module(_compile(PRELUDE + FUNCTIONS + CLUSTER_FUNCTIONS + "".join(kernels)))
+
+
+@pytest.mark.parametrize("name", CLUSTER_RULES)
+def test_rule_of_clusters(name: str) -> None:
+    error, words, _ = CLUSTER_RULES[name]
+    m = cluster_module()
     out = m.memory.empty(32, np.uint32)
-    m.launch("kernel", 2, 32, 1040, [out, out])
-    with pytest.raises(Unsupported, match="cluster of several blocks"):
-        m.launch("kernel", 2, 32, 1040, [out, out], cluster=2)
+    with pytest.raises(error, match=words):
+        m.launch(name, 2, 32, 1040, [out, out], cluster=2)
 
 
 # ---- tensor maps

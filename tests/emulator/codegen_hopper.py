@@ -8,16 +8,16 @@ import re
 from .codegen import SPECIAL, Emitter, Modifiers, emits
 from .ptx import Address, Instruction, Name, Number, Operand, Pair, Vector
 
-# A cluster of one block is the only one so far; the runtime refuses others when they are used.
+_CLUSTER = "(emu::launch.cluster.x * emu::launch.cluster.y * emu::launch.cluster.z)"
 SPECIAL.update(
     {
         "%cluster_ctarank": "t.block->rank",
-        "%cluster_nctarank": "1u",
-        "%is_explicit_cluster": "0u",
-        **{f"%cluster_ctaid.{c}": "0u" for c in "xyz"},
-        **{f"%cluster_nctaid.{c}": "1u" for c in "xyz"},
-        **{f"%clusterid.{c}": f"t.ctaid.{c}" for c in "xyz"},
-        **{f"%nclusterid.{c}": f"t.nctaid.{c}" for c in "xyz"},
+        "%cluster_nctarank": _CLUSTER,
+        "%is_explicit_cluster": f"(u32)({_CLUSTER} > 1u)",
+        **{f"%cluster_ctaid.{c}": f"(t.ctaid.{c} % emu::launch.cluster.{c})" for c in "xyz"},
+        **{f"%cluster_nctaid.{c}": f"emu::launch.cluster.{c}" for c in "xyz"},
+        **{f"%clusterid.{c}": f"(t.ctaid.{c} / emu::launch.cluster.{c})" for c in "xyz"},
+        **{f"%nclusterid.{c}": f"(t.nctaid.{c} / emu::launch.cluster.{c})" for c in "xyz"},
     }
 )
 
@@ -72,14 +72,15 @@ def prefetch_tensormap(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 @emits("barrier.cluster")
 def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """A cluster of one block: the wait is a barrier over the block, the arrive has nothing to add
-    to it."""
-    m.flag("release", "relaxed", "acquire", "aligned")
+    m.flag("aligned", "acquire")
+    relaxed = m.flag("relaxed")
+    m.flag("release")
     what = m.one_of("arrive", "wait")
     _begin(e)
-    e.line('emu::require_single_cluster(t, "barrier.cluster");')
     if what == "wait":
-        e.line("emu::barrier_sync(t, 0, 0, false);")
+        e.line("emu::cluster_wait(t);")
+    else:
+        e.line(f"emu::cluster_arrive(t, {'false' if relaxed else 'true'});")
 
 
 # ---- mbarrier
@@ -156,19 +157,17 @@ def bulk(e: Emitter, i: Instruction, m: Modifiers) -> None:
         read = "true" if m.flag("read") else "false"
         e.line(f"emu::bulk_wait(t, {e.read(ops[0], 'u32')}, {read});")
         return
-    if "multicast::cluster" in m.left:
-        e.line('emu::require_single_cluster(t, "a multicast copy");')
-        m.flag("multicast::cluster")
+    multicast = m.flag("multicast::cluster")
     m.flag("L2::cache_hint", "mbarrier::complete_tx::bytes", "bulk_group")
     reduce = i.modifiers[0] == "reduce"
     prefetch = m.flag("prefetch")
     if m.flag("tensor"):
-        _tensor(e, ops, m, reduce=reduce, prefetch=prefetch)
+        _tensor(e, ops, m, reduce=reduce, prefetch=prefetch, multicast=multicast)
     elif prefetch:
         m.flag("L2", "global")
         e.line("(void)0;")
     else:
-        _plain(e, ops, m, reduce=reduce)
+        _plain(e, ops, m, reduce=reduce, multicast=multicast)
 
 
 def _to_shared(e: Emitter, m: Modifiers) -> bool:
@@ -180,13 +179,16 @@ def _to_shared(e: Emitter, m: Modifiers) -> bool:
     return spaces[0] != "global"
 
 
-def _plain(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool) -> None:
+def _plain(
+    e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool, multicast: bool
+) -> None:
     to_shared = _to_shared(e, m)
     shared = e.address(ops[0 if to_shared else 1], "shared")
     glob = e.address(ops[1 if to_shared else 0], "global")
     size = e.read(ops[2], "u32")
     if to_shared and not reduce:
-        e.line(f"emu::bulk_load(t, {shared}, {glob}, {size}, {_at(e, ops[3])});")
+        blocks = e.read(ops[4], "u16") if multicast else "0u"
+        e.line(f"emu::bulk_load(t, {shared}, {glob}, {size}, {_at(e, ops[3])}, {blocks});")
     elif to_shared:
         raise e.fail("reductions into shared memory are not known")
     elif reduce:
@@ -199,7 +201,13 @@ def _plain(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool) 
 
 
 def _tensor(
-    e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, reduce: bool, prefetch: bool
+    e: Emitter,
+    ops: tuple[Operand, ...],
+    m: Modifiers,
+    *,
+    reduce: bool,
+    prefetch: bool,
+    multicast: bool,
 ) -> None:
     rank = int(m.match(r"[1-5]d")[0])
     m.flag("tile")
@@ -212,7 +220,10 @@ def _tensor(
     e.line(f"s32 coordinate[5] = {{{coordinates}}};")
     shared = e.address(ops[0 if to_shared else 1], "shared")
     if to_shared:
-        e.line(f"emu::tensor_load(t, {shared}, {the_map}, {rank}, coordinate, {_at(e, ops[2])});")
+        barrier, blocks = _at(e, ops[2]), e.read(ops[3], "u16") if multicast else "0u"
+        e.line(
+            f"emu::tensor_load(t, {shared}, {the_map}, {rank}, coordinate, {barrier}, {blocks});"
+        )
         return
     if reduce:
         m.one_of("add")
@@ -351,10 +362,19 @@ def griddepcontrol(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 @emits("mapa")
 def mapa(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """In a cluster of one block every address maps to itself."""
+    """mapa{.shared::cluster} d, address, rank: the same place in another block of the cluster."""
     _begin(e)
-    if not m.flag(*SHARED):
-        raise e.fail("only shared::cluster addresses are known")
+    shared = m.flag(*SHARED)
     kind = m.type()
-    e.line('emu::require_single_cluster(t, "mapa");')
-    e.write(i.operands[0], kind, e.read(i.operands[1], kind))
+    address = f"(u32){e.read(i.operands[1], kind)}"
+    mapped = f"emu::map_shared(t, {address}, {e.read(i.operands[2], 'u32')})"
+    e.write(i.operands[0], kind, mapped if shared else f"(emu::SHARED_WINDOW + {mapped})")
+
+
+@emits("getctarank")
+def getctarank(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    """Rank of the block that a shared address belongs to."""
+    m.flag(*SHARED)
+    kind = m.type()
+    address = f"(u32){e.read(i.operands[1], kind)}"
+    e.write(i.operands[0], "u32", f"(({address} >> 24) ? ({address} >> 24) - 1 : t.block->rank)")

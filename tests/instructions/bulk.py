@@ -134,7 +134,7 @@ def _load(name: str, b: Box, hint: bool = False) -> Form:
         group="sm_90a",
         parameters="const __grid_constant__ TensorMap map, const void* tensor, const i32* at, void* out",
         shared=b.bytes + 16,
-        functions=BASIC + TRY,
+        functions=(BASIC, TRY),
         body=OPEN.format(bytes=b.bytes)
         + """
     if (lane == 0) {"""
@@ -212,7 +212,7 @@ PLAIN_LOAD = Form(
     group="sm_90a",
     parameters="const u8* in, u8* out",
     shared=BYTES + 16,
-    functions=BASIC + TRY,
+    functions=(BASIC, TRY),
     body=OPEN.format(bytes=BYTES)
     + "\n    if (lane == 0) {"
     + EXPECT.format(bytes=BYTES)
@@ -255,7 +255,7 @@ HINTS = Form(
     group="sm_90a",
     parameters="const __grid_constant__ TensorMap map, const void* tensor, const i32* at, void* out",
     shared=_HINTED.bytes + 16,
-    functions=BASIC + TRY,
+    functions=(BASIC, TRY),
     body="""
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     atomics,
     bulk,
+    clusters,
     copies,
     elementwise,
     handshakes,
@@ -28,6 +29,7 @@ FORMS: list[Form] = [
         atomics,
         handshakes,
         bulk,
+        clusters,
         wgmma,
     )
     for form in module.FORMS

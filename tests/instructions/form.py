@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -124,11 +124,13 @@ class Form:
     make : callable
         rng -> Case.
     block : int
-        Threads of the one block.
+        Threads of a block.
     shared : int
         Dynamic shared memory in bytes.
-    launch_bounds : bool
-        Declare `__launch_bounds__(block, 1)`.
+    cluster : int
+        Blocks launched, all of one cluster.
+    functions : tuple of str
+        Helper functions; each text is written once per unit.
     """
 
     name: str
@@ -138,12 +140,14 @@ class Form:
     make: Callable[[np.random.Generator], Case]
     block: int = 32
     shared: int = 0
-    functions: str = field(default="", repr=False)
+    cluster: int = 1
+    functions: tuple[str, ...] = ()
 
     def source(self) -> str:
         """CUDA text of this kernel."""
+        cluster = f"__cluster_dims__({self.cluster}, 1, 1) " if self.cluster > 1 else ""
         return (
-            f'extern "C" __global__ void __launch_bounds__({self.block}, 1) '
+            f'extern "C" __global__ void {cluster}__launch_bounds__({self.block}, 1) '
             f"{self.name}({self.parameters}) {{\n"
             "    const u32 thread = threadIdx.x, lane = threadIdx.x & 31;\n"
             f"    (void)thread; (void)lane;\n{self.body}\n}}\n"
@@ -157,7 +161,7 @@ class Form:
 
 def unit_source(forms: Sequence[Form]) -> str:
     """One translation unit with the kernels of `forms`."""
-    helpers = dict.fromkeys(f.functions for f in forms if f.functions)
+    helpers = dict.fromkeys(text for form in forms for text in form.functions)
     return PRELUDE + "".join(helpers) + "\n".join(f.source() for f in forms)
 
 

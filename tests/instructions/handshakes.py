@@ -55,7 +55,7 @@ def _rotate(name: str, group: str, arrive: str, count: int, wait: str, rounds: i
         parameters="const u32* start, u32* out",
         block=THREADS,
         shared=2 * THREADS * 4 + 16,
-        functions=BASIC + TRY if group == "sm_90a" else BASIC,
+        functions=(BASIC, TRY) if group == "sm_90a" else (BASIC,),
         body=f"""
     const u32 barrier = shared_address(smem) + {2 * THREADS * 4};
     u32* slots = (u32*)smem;
@@ -95,7 +95,7 @@ PENDING = Form(
     group="sm_80",
     parameters="u32* out",
     shared=8,
-    functions=BASIC,
+    functions=(BASIC,),
     body="""
     const u32 barrier = shared_address(smem);
     if (lane == 0) {
@@ -125,7 +125,7 @@ PARITY = Form(
     group="sm_80",
     parameters="u32* out",
     shared=8,
-    functions=BASIC,
+    functions=(BASIC,),
     body=f"""
     const u32 barrier = shared_address(smem);
     if (lane == 0) {{
@@ -153,7 +153,7 @@ DROP = Form(
     parameters="const u32* start, u32* out",
     block=THREADS,
     shared=THREADS * 4 + 16,
-    functions=BASIC,
+    functions=(BASIC,),
     body=f"""
     const u32 barrier = shared_address(smem) + {THREADS * 4};
     u32* slots = (u32*)smem;
@@ -199,7 +199,7 @@ def _copy(noinc: bool) -> Form:
         parameters="const uint4* source, uint4* out",
         block=THREADS,
         shared=2 * THREADS * 16 + 16,
-        functions=BASIC,
+        functions=(BASIC,),
         body=f"""
     const u32 barrier = shared_address(smem) + {2 * THREADS * 16};
     if (thread == 0) init_barrier(barrier, {THREADS});
@@ -226,7 +226,7 @@ TRANSACTION = Form(
     group="sm_90a",
     parameters="u32* out",
     shared=8,
-    functions=BASIC + TRY,
+    functions=(BASIC, TRY),
     body="""
     const u32 b = shared_address(smem);
     if (lane == 0) {

@@ -116,7 +116,7 @@ class EmulatorRunner:
             )
 
         values, outputs = arguments(case, module.memory.copy, encode)
-        module.launch(form.name, 1, form.block, form.shared, values, seed=self.seed)
+        module.launch(form.name, form.cluster, form.block, form.shared, values, seed=self.seed)
         return outputs
 
 
@@ -171,7 +171,7 @@ class GpuRunner:
         if form.shared > 48 * 1024:
             set_attribute = cupy.cuda.driver.funcSetAttribute
             set_attribute(kernel.ptr, _MAX_DYNAMIC_SHARED_MEMORY, form.shared)
-        kernel((1,), (form.block,), tuple(values), form.shared)
+        kernel((form.cluster,), (form.block,), tuple(values), form.shared)
         shapes = [a.initial for a in case.arguments if isinstance(a, Output)]
         return [
             cupy.asnumpy(o).view(s.dtype).reshape(s.shape)

@@ -204,7 +204,7 @@ class Product:
             make=self.make,
             block=128,
             shared=b_at + b_bytes,
-            functions=DESCRIPTOR,
+            functions=(DESCRIPTOR,),
         )
 
 

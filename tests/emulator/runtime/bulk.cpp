@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "hopper_state.h"
+#include "state.h"
 
 namespace emu {
 namespace {
@@ -154,15 +155,15 @@ void check_global(Thread& t, const BulkCopy& c, u32 kind) {
 }
 
 BulkCopy start(Thread& t, BulkCopy::What what, u32 shared, u32 bytes, u32 align) {
-  if (shared % align) fail(MISALIGNED, "shared offset %u of a bulk copy is not %u-byte aligned", shared - SHARED_BASE, align);
+  if (shared % align) fail(MISALIGNED, "shared offset %u of a bulk copy is not %u-byte aligned", shared_offset(shared), align);
   if (bytes == 0 || bytes % 16) fail(MISALIGNED, "a bulk copy of %u bytes: the size must be a positive multiple of 16", bytes);
   shared_at(t, shared, bytes, 16);
-  check_proxy(t, shared, bytes, what == BulkCopy::LOAD ? "a bulk load overwrites" : "a bulk store reads");
+  if (what != BulkCopy::LOAD) check_proxy(t, shared, bytes, "a bulk store reads");
   BulkCopy c{};
   c.what = what;
   c.shared = shared;
   c.bytes = bytes;
-  c.thread = t.index;
+  c.thread = &t;
   c.site = t.site;
   return c;
 }
@@ -180,29 +181,44 @@ BulkCopy start_tensor(Thread& t, BulkCopy::What what, u32 shared, u64 map, u32 r
   // The swizzle pattern is a function of the address: a slab that does not begin where the pattern does is almost surely a bug.
   u32 pattern = m.swizzle * 8;
   if (pattern && shared % pattern)
-    fail(MISALIGNED, "shared offset %u of a %u-byte swizzled box is not %u-byte aligned", shared - SHARED_BASE, m.swizzle, pattern);
+    fail(MISALIGNED, "shared offset %u of a %u-byte swizzled box is not %u-byte aligned", shared_offset(shared), m.swizzle, pattern);
   c.tensor = true;
   c.map = m;
   std::copy(coordinate, coordinate + rank, c.coordinate);
   return c;
 }
 
-void issue_load(Thread& t, BulkCopy& c, u32 barrier) {
-  HopperBlock& h = hopper(t);
-  MBarrier& m = mbarrier_at(t, barrier);
-  if (m.init_epoch == h.threads[m.init_thread].proxy_epoch)
+void issue_load_to(Thread& t, BulkCopy c, u32 barrier, Block& block) {
+  HopperBlock& h = hopper(block);
+  c.shared = cluster_address(block, c.shared);
+  MBarrier& m = mbarrier_at(t, cluster_address(block, barrier));
+  if (m.init_epoch == hopper_thread(*m.init_thread).proxy_epoch)
     fail(ASYNC_MISUSE, "a bulk load signals the mbarrier at shared offset %u, whose initialisation is not visible to the copy "
-         "engine: fence.mbarrier_init or fence.proxy.async is missing after mbarrier.init", barrier - SHARED_BASE);
-  check_global(t, c, READ);
+         "engine: fence.mbarrier_init or fence.proxy.async is missing after mbarrier.init", shared_offset(barrier));
+  check_proxy(t, c.shared, c.bytes, "a bulk load overwrites");
   async_begin(t, c.shared, c.bytes, WRITE);
   mark_initialised(t, c.shared, c.bytes, false);
   std::memset(shared_at(t, c.shared, c.bytes, 16), 0xff, c.bytes);
-  u32 first = (c.shared - SHARED_BASE) / 4;
-  for (u32 i = 0; i < c.bytes / 4; ++i) h.writers[first + i] = {0, 0};
-  c.barrier = barrier;
+  u32 first = shared_offset(c.shared) / 4;
+  for (u32 i = 0; i < c.bytes / 4; ++i) h.writers[first + i] = {nullptr, 0};
+  c.barrier = m.address;
   h.copies.push_back(c);
-  count_warp(t);
   mbarrier_nudge(m);
+}
+
+// One block, or with multicast the same place and the same barrier in each of them.
+void issue_load(Thread& t, BulkCopy& c, u32 barrier, u32 ranks) {
+  check_global(t, c, READ);
+  count_warp(t);
+  if (!ranks) {
+    Block& block = block_of(t, c.shared, "bulk copy");
+    if (&block_of(t, barrier, "mbarrier") != &block)
+      fail(ASYNC_MISUSE, "the mbarrier of a bulk load is in another block than its destination");
+    return issue_load_to(t, c, barrier, block);
+  }
+  if (ranks >> blocks.size()) fail(ASYNC_MISUSE, "multicast to ranks %#x of a cluster of %zu blocks", ranks, blocks.size());
+  for (Block* block : blocks)
+    if (ranks >> block->rank & 1) issue_load_to(t, c, barrier, *block);
 }
 
 void issue_store(Thread& t, BulkCopy& c) {
@@ -210,16 +226,16 @@ void issue_store(Thread& t, BulkCopy& c) {
   check_initialised(t, c.shared, c.bytes);
   check_global(t, c, c.what == BulkCopy::REDUCE ? WRITE | STRONG : WRITE);
   async_begin(t, c.shared, c.bytes, READ);
-  c.group = h.threads[t.index].bulk_group;
+  c.group = hopper_thread(t).bulk_group;
   h.copies.push_back(c);
   count_warp(t);
 }
 
 }  // namespace
 
-void bulk_load(Thread& t, u32 shared, u64 global, u32 bytes, u32 barrier) {
+void bulk_load(Thread& t, u32 shared, u64 global, u32 bytes, u32 barrier, u32 blocks) {
   BulkCopy c = start_plain(t, BulkCopy::LOAD, shared, global, bytes);
-  issue_load(t, c, barrier);
+  issue_load(t, c, barrier, blocks);
 }
 
 void bulk_store(Thread& t, u64 global, u32 shared, u32 bytes) {
@@ -233,9 +249,9 @@ void bulk_reduce(Thread& t, u64 global, u32 shared, u32 bytes, u32 element) {
   issue_store(t, c);
 }
 
-void tensor_load(Thread& t, u32 shared, u64 map, u32 rank, const s32* coordinate, u32 barrier) {
+void tensor_load(Thread& t, u32 shared, u64 map, u32 rank, const s32* coordinate, u32 barrier, u32 blocks) {
   BulkCopy c = start_tensor(t, BulkCopy::LOAD, shared, map, rank, coordinate);
-  issue_load(t, c, barrier);
+  issue_load(t, c, barrier, blocks);
 }
 
 void tensor_store(Thread& t, u64 map, u32 rank, const s32* coordinate, u32 shared, bool reduce) {
@@ -260,20 +276,20 @@ bool bulk_deliver_one(Thread& t, u32 barrier) {
   load_now(t, c);
   MBarrier& m = mbarrier_at(t, barrier);
   mark_initialised(t, c.shared, c.bytes);
-  async_end(*t.block->threads[c.thread], c.shared, c.bytes, WRITE, &m.arriving);
+  async_end(*c.thread, c.shared, c.bytes, WRITE, &m.arriving);
   mbarrier_transaction(t, m, -(s64)c.bytes);
   progress();
   return true;
 }
 
-void bulk_commit(Thread& t) { hopper(t).threads[t.index].bulk_group++; }
+void bulk_commit(Thread& t) { hopper_thread(t).bulk_group++; }
 
 void bulk_wait(Thread& t, u32 keep, bool read_only) {
   HopperBlock& h = hopper(t);
-  u32 committed = h.threads[t.index].bulk_group;
+  u32 committed = hopper_thread(t).bulk_group;
   for (size_t i = 0; i < h.copies.size();) {
     BulkCopy& c = h.copies[i];
-    if (c.what == BulkCopy::LOAD || c.thread != t.index || c.group + keep >= committed) {
+    if (c.what == BulkCopy::LOAD || c.thread != &t || c.group + keep >= committed) {
       ++i;
       continue;
     }

@@ -43,10 +43,11 @@ bool mbarrier_test_state(Thread& t, u32 address, u64 state, bool may_block);
 inline u32 mbarrier_pending_count(u64 state) { return (u32)(state & 0xfffff); }
 void cp_async_arrive(Thread& t, u32 address, bool noinc);
 
-void bulk_load(Thread& t, u32 shared, u64 global, u32 bytes, u32 barrier);
+// `blocks`: bit per rank of the cluster that receives the copy (multicast), 0 for the address's own block only.
+void bulk_load(Thread& t, u32 shared, u64 global, u32 bytes, u32 barrier, u32 blocks);
 void bulk_store(Thread& t, u64 global, u32 shared, u32 bytes);
 void bulk_reduce(Thread& t, u64 global, u32 shared, u32 bytes, u32 element);
-void tensor_load(Thread& t, u32 shared, u64 map, u32 rank, const s32* coordinate, u32 barrier);
+void tensor_load(Thread& t, u32 shared, u64 map, u32 rank, const s32* coordinate, u32 barrier, u32 blocks);
 void tensor_store(Thread& t, u64 map, u32 rank, const s32* coordinate, u32 shared, bool reduce);
 void tensor_prefetch(Thread& t, u64 map, u32 rank);
 void bulk_commit(Thread& t);
@@ -60,6 +61,8 @@ void wgmma_commit(Thread& t);
 void wgmma_wait(Thread& t, u32 keep);
 void setmaxnreg(Thread& t, u32 count, bool increase);
 u32 elect(Thread& t, u32 mask);
-void require_single_cluster(Thread& t, const char* what);
+void cluster_arrive(Thread& t, bool orders_memory);
+void cluster_wait(Thread& t);
+u32 map_shared(Thread& t, u32 address, u32 rank);  // mapa
 
 }  // namespace emu

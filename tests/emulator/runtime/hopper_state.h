@@ -49,11 +49,12 @@ struct MatrixDescriptor {
 
 // ---- state of one block -------------------------------------------------------------------------------------------------
 struct MBarrier {
-  u32 address;
+  u32 address;                 // with the block's rank, so that every thread of the cluster can use it
   u64 word;                    // what the eight bytes in shared memory must still be
   Clock arriving;              // who has arrived so far
   std::vector<u32> completed_time;  // who had when the last phase completed (a vector clock)
-  u32 init_thread, init_epoch;
+  Thread* init_thread;
+  u32 init_epoch;
   std::vector<Thread*> parked;
   char why[160];
 };
@@ -64,7 +65,8 @@ struct BulkCopy {
   u32 element;                 // ElementType of a plain (not tensor) reduction
   TensorMap map;
   s32 coordinate[5];
-  u32 shared, bytes, barrier, thread, group, site;
+  u32 shared, bytes, barrier, group, site;
+  Thread* thread;
   u64 global;
   std::vector<u8> staged;      // source bytes once they are read
 };
@@ -80,15 +82,17 @@ struct HopperThread {
   u32 proxy_epoch = 1;         // number of fence.proxy.async so far + 1
   u32 bulk_group = 0;          // bulk groups committed so far
   u32 wgmma_group = 0;
+  u32 cluster_phase = 0;       // barrier.cluster: phase it arrived in + 1
   bool wgmma_fenced = false;
   u32 last_poll = 0;           // mbarrier of the last failed try_wait
   std::vector<Wgmma> pending;
 };
 
 struct HopperBlock {
-  // Per 4-byte word of shared memory: last generic writer (thread index + 1, 0 when none) and its epoch at that time.
+  // Per 4-byte word of shared memory: last generic writer (null when none) and its epoch at that time.
   struct Writer {
-    u32 thread, epoch;
+    Thread* thread;
+    u32 epoch;
   };
   std::vector<Writer> writers;
   std::vector<HopperThread> threads;
@@ -98,13 +102,20 @@ struct HopperBlock {
   std::vector<u32> registers;                 // setmaxnreg: registers per thread of each warpgroup
   std::vector<std::array<u64, 2>> wgmma_log;  // per warp: number of wgmma, hash of what they were
 };
-HopperBlock& hopper(Thread& t);  // created on first use
+HopperBlock& hopper(Block& block);  // created on first use
+inline HopperBlock& hopper(Thread& t) { return hopper(*t.block); }
+inline HopperThread& hopper_thread(Thread& t) { return hopper(t).threads[t.index]; }
+// The same shared address as every thread of the cluster sees it, and the offset within the window.
+inline u32 cluster_address(Block& block, u32 address) { return (address & 0xffffffu) | (block.rank + 1) << 24; }
+inline u32 shared_offset(u32 address) { return (address & 0xffffffu) - SHARED_BASE; }
 
 // ---- shared by mbarrier.cpp, bulk.cpp and wgmma.cpp -----------------------------------------------------------------------
 MBarrier& mbarrier_at(Thread& t, u32 address);
 void mbarrier_transaction(Thread& t, MBarrier& m, s64 bytes);  // adds to the tx-count
 void mbarrier_nudge(MBarrier& m);                              // something that can complete it is now on its way
 bool bulk_deliver_one(Thread& t, u32 barrier);                 // completes one load that reports to the barrier
+void cluster_end();
+void cluster_thread_exit(Thread& t);                           // barrier.cluster does not wait for it any more
 void check_proxy(Thread& t, u32 address, u32 bytes, const char* what);
 
 }  // namespace emu

@@ -18,7 +18,7 @@ struct Word {
   u64 bits() const { return (u64)phase << 63 | (u64)expected << 43 | (u64)pending << 23 | ((u64)tx & 0x7fffff); }
 };
 
-u32 offset(u32 address) { return address - SHARED_BASE; }
+u32 offset(u32 address) { return shared_offset(address); }
 
 MBarrier* find(HopperBlock& h, u32 address) {
   for (MBarrier* m : h.barriers)
@@ -76,7 +76,7 @@ bool complete(Thread& t, MBarrier& m, u32 parity) {
 
 // Lets one thing happen that this barrier waits for.
 bool deliver_one(Thread& t, u32 address) {
-  HopperBlock& h = hopper(t);
+  HopperBlock& h = hopper(t);  // only a block's own threads wait on its mbarriers
   for (size_t i = 0; i < h.arrivals.size(); ++i) {
     if (h.arrivals[i].barrier != address) continue;
     CopyArrival a = h.arrivals[i];
@@ -100,8 +100,9 @@ void describe(MBarrier& m, u32 parity) {
 }
 
 bool test(Thread& t, u32 address, u32 parity, bool may_block) {
-  HopperThread& me = hopper(t).threads[t.index];
+  HopperThread& me = hopper_thread(t);
   MBarrier& m = mbarrier_at(t, address);
+  address = m.address;
   bool done = complete(t, m, parity);
   if (!done && deliver_one(t, address)) done = complete(t, m, parity);
   if (done) {
@@ -135,20 +136,22 @@ extern void (*const block_end_hook)(Block&) = hopper_block_end;
 
 void hopper_begin(Thread& t) { hopper(t); }
 
-HopperBlock& hopper(Thread& t) {
-  if (!t.block->hopper) {
+HopperBlock& hopper(Block& block) {
+  if (!block.hopper) {
     auto* h = new HopperBlock;
-    h->writers.resize((t.block->shared_bytes + 3) / 4, HopperBlock::Writer{0, 0});
-    h->threads.resize(t.block->nthreads);
-    h->wgmma_log.resize(t.block->nwarps, {0, 0});
-    t.block->hopper = h;
+    h->writers.resize((block.shared_bytes + 3) / 4, HopperBlock::Writer{nullptr, 0});
+    h->threads.resize(block.nthreads);
+    h->wgmma_log.resize(block.nwarps, {0, 0});
+    block.hopper = h;
   }
-  return *(HopperBlock*)t.block->hopper;
+  return *(HopperBlock*)block.hopper;
 }
 
 MBarrier& mbarrier_at(Thread& t, u32 address) {
   bytes_of(t, address);
-  MBarrier* m = find(hopper(t), address);
+  Block& block = block_of(t, address, "mbarrier");
+  if (!block.alive) fail(ASYNC_MISUSE, "an mbarrier of block %u of the cluster, whose threads have all ended", block.rank);
+  MBarrier* m = find(hopper(block), cluster_address(block, address));
   if (!m) fail(ASYNC_MISUSE, "no mbarrier was initialised at shared offset %u", offset(address));
   return *m;
 }
@@ -157,12 +160,13 @@ void mbarrier_init(Thread& t, u32 address, u32 count) {
   HopperBlock& h = hopper(t);
   bytes_of(t, address);
   if (count == 0 || count > 0xfffff) fail(ASYNC_MISUSE, "mbarrier.init: count %u is not in 1 .. 2^20 - 1", count);
-  MBarrier* m = find(h, address);
+  if (&block_of(t, address, "mbarrier") != t.block) fail(ASYNC_MISUSE, "mbarrier.init in another block of the cluster");
+  MBarrier* m = find(h, cluster_address(*t.block, address));
   if (m) fail(ASYNC_MISUSE, "mbarrier.init: the mbarrier at shared offset %u is in use; invalidate it first", offset(address));
   m = new MBarrier{};
-  m->address = address;
-  m->init_thread = t.index;
-  m->init_epoch = h.threads[t.index].proxy_epoch;
+  m->address = cluster_address(*t.block, address);
+  m->init_thread = &t;
+  m->init_epoch = hopper_thread(t).proxy_epoch;
   h.barriers.push_back(m);
   shared_access(t, address, 8, WRITE);
   Word w(0);
@@ -235,14 +239,14 @@ void cp_async_arrive(Thread& t, u32 address, bool noinc) {
     w.pending++;
     store(t, m, w);
   }
-  h.arrivals.push_back({&t, t.copy_seq, address});
+  h.arrivals.push_back({&t, t.copy_seq, m.address});
   mbarrier_nudge(m);
 }
 
 void fence_mbarrier_init(Thread& t) {
   HopperBlock& h = hopper(t);
   for (MBarrier* m : h.barriers)
-    if (m->init_thread == t.index) m->init_epoch = 0;  // visible to the copy engine from now on
+    if (m->init_thread == &t) m->init_epoch = 0;  // visible to the copy engine from now on
 }
 
 void fence_proxy_async(Thread& t, bool shared) {
@@ -250,19 +254,19 @@ void fence_proxy_async(Thread& t, bool shared) {
 }
 
 void hopper_generic_write(Thread& t, u32 address, u32 bytes) {
-  HopperBlock& h = hopper(t);
+  HopperBlock& h = hopper(block_of(t, address, "shared"));
   u32 first = offset(address) / 4, last = (offset(address) + bytes - 1) / 4;
-  for (u32 i = first; i <= last && i < h.writers.size(); ++i) h.writers[i] = {t.index + 1, h.threads[t.index].proxy_epoch};
+  for (u32 i = first; i <= last; ++i) h.writers[i] = {&t, hopper_thread(t).proxy_epoch};
 }
 
 void check_proxy(Thread& t, u32 address, u32 bytes, const char* what) {
-  HopperBlock& h = hopper(t);
+  HopperBlock& h = hopper(block_of(t, address, "shared"));
   u32 first = offset(address) / 4, last = (offset(address) + bytes - 1) / 4;
   for (u32 i = first; i <= last; ++i) {
     HopperBlock::Writer w = h.writers[i];
-    if (w.thread && h.threads[w.thread - 1].proxy_epoch == w.epoch)
+    if (w.thread && hopper_thread(*w.thread).proxy_epoch == w.epoch)
       fail(ASYNC_MISUSE, "%s shared offset %u, which thread %u wrote by ordinary stores without fence.proxy.async since", what,
-           4 * i, w.thread - 1);
+           4 * i, w.thread->index);
   }
 }
 
@@ -295,15 +299,17 @@ void hopper_thread_exit(Thread& t) {
     fail(ASYNC_MISUSE, "the thread ended with a wgmma that was never waited for");
   }
   for (BulkCopy& c : h.copies)
-    if (c.what != BulkCopy::LOAD && c.thread == t.index && !c.source_read) {
+    if (c.what != BulkCopy::LOAD && c.thread == &t && !c.source_read) {
       t.site = c.site;
       fail(ASYNC_MISUSE, "the thread ended while its bulk store may still read shared memory: wait_group.read is missing");
     }
   bulk_wait(t, 0, false);  // stores whose source was read complete by themselves
+  cluster_thread_exit(t);
   if (t.block->alive <= 1) check_block(t, h);
 }
 
 void hopper_block_end(Block& block) {
+  cluster_end();
   auto* h = (HopperBlock*)block.hopper;
   if (!h) return;
   block.hopper = nullptr;

@@ -53,6 +53,7 @@ Block& block_of(Thread& t, u32 address, const char* what) {
   u32 rank = address >> 24;
   if (!rank) return *t.block;
   if (rank > blocks.size()) fail_for(t, OUT_OF_BOUNDS, "%s address 0x%08x names block %u of a cluster of %zu", what, address, rank - 1, blocks.size());
+  if (!blocks[rank - 1]->alive) fail_for(t, ASYNC_MISUSE, "%s memory of block %u of the cluster, whose threads have all ended", what, rank - 1);
   return *blocks[rank - 1];
 }
 u8* shared_at(Thread& t, u32 address, u32 bytes, u32 align) {

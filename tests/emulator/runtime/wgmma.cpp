@@ -194,11 +194,11 @@ void take_d(HopperThread& me, Wgmma& w) {
 
 void wgmma_fence(Thread& t) {
   collective(t, 0xffffffffu, "wgmma.fence", nullptr, nullptr);
-  hopper(t).threads[t.index].wgmma_fenced = true;
+  hopper_thread(t).wgmma_fenced = true;
 }
 
 void wgmma_issue(Thread& t, Wgmma& w) {
-  HopperThread& me = hopper(t).threads[t.index];
+  HopperThread& me = hopper_thread(t);
   if (t.block->nthreads % 128 && t.warp / 4 * 4 + 4 > t.block->nwarps)
     fail(DIVERGENCE, "wgmma: warp %u is not in a complete warpgroup of four warps", t.warp);
   w.site = t.site;
@@ -211,11 +211,11 @@ void wgmma_issue(Thread& t, Wgmma& w) {
 
 void wgmma_commit(Thread& t) {
   collective(t, 0xffffffffu, "wgmma.commit_group", nullptr, nullptr);
-  hopper(t).threads[t.index].wgmma_group++;
+  hopper_thread(t).wgmma_group++;
 }
 
 void wgmma_wait(Thread& t, u32 keep) {
-  HopperThread& me = hopper(t).threads[t.index];
+  HopperThread& me = hopper_thread(t);
   size_t done = 0;
   while (done < me.pending.size() && me.pending[done].group + keep < me.wgmma_group) ++done;
   Retire mine{&t, me.pending.data(), done};
@@ -256,12 +256,6 @@ u32 elect(Thread& t, u32 mask) {
   u32 skip = launch.seed % __builtin_popcount(mask), rest = mask;
   while (skip--) rest &= rest - 1;
   return (u32)__builtin_ctz(rest);
-}
-
-void require_single_cluster(Thread& t, const char* what) {
-  if (launch.cluster.x * launch.cluster.y * launch.cluster.z > 1)
-    fail(UNSUPPORTED, "%s in a cluster of several blocks", what);
-  (void)t;
 }
 
 }  // namespace emu
