@@ -44,12 +44,16 @@ def attention_module(plant: str = "") -> Module:
     return Module(nvrtc().ptx(SOURCE, "compute_80", options, "attention.cu"))
 
 
-def attention_error(module: Module, *, shared_memory: int = SHARED_BYTES, causal: bool = False, **launch) -> float:
+def attention_error(
+    module: Module, *, shared_memory: int = SHARED_BYTES, causal: bool = False, **launch
+) -> float:
     """Largest difference from float64 over one head of 100 queries and 200 keys (both tails ragged, four key tiles)."""
     len_q, len_k = 100, 200
     rng = np.random.default_rng(7)
     memory = module.memory
-    q, k, v = (memory.copy(rng.standard_normal((n, 64)).astype(np.float16)) for n in (len_q, len_k, len_k))
+    q, k, v = (
+        memory.copy(rng.standard_normal((n, 64)).astype(np.float16)) for n in (len_q, len_k, len_k)
+    )
     o, lse = memory.empty((len_q, 64), np.float16), memory.empty(len_q, np.float32)
     p = np.zeros((), PARAMS)
     for name, array in (("q", q), ("k", k), ("v", v), ("o", o), ("lse", lse)):
@@ -94,7 +98,9 @@ def lse_sectors(rows: int) -> int:
 def module_counts(module: Module):
     memory = module.memory
     rng = np.random.default_rng(7)
-    q, k, v = (memory.copy(rng.standard_normal((n, 64)).astype(np.float16)) for n in (100, 200, 200))
+    q, k, v = (
+        memory.copy(rng.standard_normal((n, 64)).astype(np.float16)) for n in (100, 200, 200)
+    )
     o, lse = memory.empty((100, 64), np.float16), memory.empty(100, np.float32)
     p = np.zeros((), PARAMS)
     for name, array in (("q", q), ("k", k), ("v", v), ("o", o), ("lse", lse)):
@@ -114,7 +120,11 @@ def module_counts(module: Module):
         ("NO_SYNCWARP", DataRace, r"shared byte.*write.*st\.shared.*ld\.shared"),
         ("DIVERGENT_BARRIER", Divergence, r"barrier 0.*threads 39"),
         ("SHARED_OVERRUN", OutOfBounds, r"shared offset 4\d{4}, outside the 40960 bytes"),
-        ("GLOBAL_OVERRUN", OutOfBounds, r"read of 16 bytes.*past the end of an allocation of 25600 bytes"),
+        (
+            "GLOBAL_OVERRUN",
+            OutOfBounds,
+            r"read of 16 bytes.*past the end of an allocation of 25600 bytes",
+        ),
         ("NO_ZERO_FILL", Uninitialised, r"never written.*ldmatrix"),
     ],
 )
@@ -130,7 +140,9 @@ def test_asynchronous_mistakes_show_without_the_race_detector(plant: str) -> Non
         attention_error(attention_module(plant), race=False)
 
 
-@pytest.mark.parametrize("plant", ["NO_WAIT", "WAIT_ONE_LESS", "NO_BARRIER_1", "NO_BARRIER_2", "NO_SYNCWARP"])
+@pytest.mark.parametrize(
+    "plant", ["NO_WAIT", "WAIT_ONE_LESS", "NO_BARRIER_1", "NO_BARRIER_2", "NO_SYNCWARP"]
+)
 def test_asynchronous_mistakes_show_in_the_values_alone(plant: str) -> None:
     assert attention_error(attention_module(plant), race=False, uninitialised=False) > 0.1
 
@@ -144,7 +156,9 @@ def test_inline_assembly_mistakes_change_the_values(plant: str) -> None:
 def test_race_report_names_both_lines() -> None:
     lines = SOURCE.splitlines()
     copy = 1 + next(i for i, x in enumerate(lines) if "cp.async.cg.shared.global" in x)
-    load = 2 + next(i for i, x in enumerate(lines) if "ldmatrix.sync.aligned.m8n8.x4.shared" in x)  # asm ends a line later
+    load = 2 + next(
+        i for i, x in enumerate(lines) if "ldmatrix.sync.aligned.m8n8.x4.shared" in x
+    )  # asm ends a line later
     with pytest.raises(DataRace) as caught:
         attention_error(attention_module("NO_BARRIER_1"))
     assert f"attention.cu:{copy} (inlined at line" in str(caught.value)
@@ -281,7 +295,9 @@ def test_last_block_pattern_needs_its_fence() -> None:
     tiny("NOTHING").launch("last_block", 6, 1, 0, [floats(6), np.zeros(1, np.uint32), out])
     assert out[0] == 15
     with pytest.raises(DataRace, match="global byte"):
-        tiny("NO_FENCE").launch("last_block", 6, 1, 0, [floats(6), np.zeros(1, np.uint32), floats(1)])
+        tiny("NO_FENCE").launch(
+            "last_block", 6, 1, 0, [floats(6), np.zeros(1, np.uint32), floats(1)]
+        )
 
 
 def test_read_only_loads_must_not_meet_writes() -> None:
@@ -347,7 +363,10 @@ def test_bank_conflicts_and_sectors_are_counted() -> None:
         (dict(grid=0, block=128), "grid"),
         (dict(grid=(1, 65536), block=128), "grid"),
         (dict(grid=1, block=128, shared_memory=232449), "shared memory"),
-        (dict(grid=1, block=128, params=[np.float32(1)]), "parameter 0 of attention has 56 bytes, 4 were given"),
+        (
+            dict(grid=1, block=128, params=[np.float32(1)]),
+            "parameter 0 of attention has 56 bytes, 4 were given",
+        ),
         (dict(grid=1, block=128, params=[]), "takes 1 parameters"),
     ],
 )

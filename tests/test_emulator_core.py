@@ -52,7 +52,9 @@ def awkward(code: str, rng: np.random.Generator) -> np.ndarray:
     t = dtype(code)
     if t.kind in "iu":
         size = 8 * t.itemsize
-        bits = rng.integers(0, 1 << 63, N, dtype=np.uint64) * 2 + rng.integers(0, 2, N, dtype=np.uint64)
+        bits = rng.integers(0, 1 << 63, N, dtype=np.uint64) * 2 + rng.integers(
+            0, 2, N, dtype=np.uint64
+        )
         bits >>= rng.integers(0, size, N, dtype=np.uint64) + np.uint64(64 - size)
         bits[rng.random(N) < 0.3] ^= np.uint64(2**64 - 1)
         values = bits.astype(f"u{t.itemsize}").view(t)
@@ -61,14 +63,34 @@ def awkward(code: str, rng: np.random.Generator) -> np.ndarray:
     values = (rng.standard_normal(N) * np.exp2(rng.uniform(-12, 12, N))).astype(t)
     bits = rng.integers(0, 1 << 8 * t.itemsize, N // 4, dtype=np.uint64).astype(f"u{t.itemsize}")
     values[: N // 4] = bits.view(t)
-    special = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 0.5, 1.5, 2.5, -0.5, -2.5, 1e-40, -1e-45, 65504, 65520, 3e38]
+    special = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        0.5,
+        1.5,
+        2.5,
+        -0.5,
+        -2.5,
+        1e-40,
+        -1e-45,
+        65504,
+        65520,
+        3e38,
+    ]
     with np.errstate(all="ignore"):
         values[N // 4 : N // 4 + len(special)] = np.array(special).astype(t)
     return rng.permutation(values)
 
 
 def ftz(x: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x).astype(np.float32)
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x).astype(
+        np.float32
+    )
 
 
 def _shift_left(a, n):
@@ -87,7 +109,9 @@ def _minmax(pick: Callable, nan: bool) -> Callable:
     def f(a, b):
         r = pick(a, b) if nan else {np.minimum: np.fmin, np.maximum: np.fmax}[pick](a, b)
         zero = (a == 0) & (b == 0)
-        sign = np.signbit(a) | np.signbit(b) if pick is np.minimum else np.signbit(a) & np.signbit(b)
+        sign = (
+            np.signbit(a) | np.signbit(b) if pick is np.minimum else np.signbit(a) & np.signbit(b)
+        )
         return np.where(zero, np.where(sign, -0.0, 0.0), r).astype(a.dtype)
 
     return f
@@ -109,7 +133,11 @@ def _saturating(code: str, rounding: Callable) -> Callable:
 
 def _bfe_u(a, pos, n):
     mask = (np.uint64(1) << np.minimum(n & 255, 32).astype(np.uint64)) - np.uint64(1)
-    return np.where((pos & 255) < 32, (a.astype(np.uint64) >> np.minimum(pos & 255, 63).astype(np.uint64)) & mask, 0).astype("u4")
+    return np.where(
+        (pos & 255) < 32,
+        (a.astype(np.uint64) >> np.minimum(pos & 255, 63).astype(np.uint64)) & mask,
+        0,
+    ).astype("u4")
 
 
 def _bfi(a, b, pos, n):
@@ -127,7 +155,9 @@ def _prmt(a, b, c):
     for k in range(4):
         s = c >> (4 * k) & 15
         byte = (pool >> (8 * (s & 7)).astype(np.uint64) & np.uint64(255)).astype(np.uint32)
-        out |= np.where(s & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint32) << np.uint32(8 * k)
+        out |= np.where(s & 8, np.where(byte & 128, 255, 0), byte).astype(np.uint32) << np.uint32(
+            8 * k
+        )
     return out
 
 
@@ -150,14 +180,20 @@ def _pack(t) -> Callable:
 
 def _tf32(x, half):
     bits = x.view("u4")
-    return np.where(np.isfinite(x), (bits + np.uint32(half)) & np.uint32(0xFFFFE000), bits).astype("u4").view("f4")
+    return (
+        np.where(np.isfinite(x), (bits + np.uint32(half)) & np.uint32(0xFFFFE000), bits)
+        .astype("u4")
+        .view("f4")
+    )
 
 
 def _rounded_once(function: Callable, t: type, toward: str = "nearest") -> Callable:
     """Element by element in exact fractions, rounded once to type `t`: nearest (even), "zero", "down" or "up"."""
 
     def one(values: tuple) -> np.generic:
-        native = t(function(*(float(x) for x in values)))  # right for NaN, infinities and the sign of zero
+        native = t(
+            function(*(float(x) for x in values))
+        )  # right for NaN, infinities and the sign of zero
         if not all(np.isfinite(values)):
             return native
         exact = function(*(Fraction(float(x)) for x in values))
@@ -166,10 +202,20 @@ def _rounded_once(function: Callable, t: type, toward: str = "nearest") -> Calla
         if abs(exact) >= Fraction(2) ** 1024:  # rounds to infinity; float() would raise
             return native
         near = t(float(exact))
-        choices = sorted({float(np.nextafter(near, t(-np.inf))), float(near), float(np.nextafter(near, t(np.inf)))})
+        choices = sorted(
+            {
+                float(np.nextafter(near, t(-np.inf))),
+                float(near),
+                float(np.nextafter(near, t(np.inf))),
+            }
+        )
         if toward != "nearest":
             down = toward == "down" or (toward == "zero" and exact > 0)
-            return t(max(c for c in choices if c <= exact) if down else min(c for c in choices if c >= exact))
+            return t(
+                max(c for c in choices if c <= exact)
+                if down
+                else min(c for c in choices if c >= exact)
+            )
         if not np.isfinite(near):
             return near
 
@@ -180,7 +226,9 @@ def _rounded_once(function: Callable, t: type, toward: str = "nearest") -> Calla
         return t(min(choices, key=distance))
 
     def all_of(*v: np.ndarray) -> np.ndarray:
-        return np.array([one(x) for x in zip(*(a.ravel() for a in v), strict=True)], t).reshape(v[0].shape)
+        return np.array([one(x) for x in zip(*(a.ravel() for a in v), strict=True)], t).reshape(
+            v[0].shape
+        )
 
     return all_of
 
@@ -397,19 +445,27 @@ def kernel_source(index: int, case: Case) -> str:
 
 @cache
 def module() -> Module:
-    return Module(Nvrtc().ptx("".join(kernel_source(i, c) for i, c in enumerate(CASES)), "compute_90"))
+    return Module(
+        Nvrtc().ptx("".join(kernel_source(i, c) for i, c in enumerate(CASES)), "compute_90")
+    )
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{c.text}[{c.types}]".replace(" ", "_") for c in CASES])
+@pytest.mark.parametrize(
+    "index", range(len(CASES)), ids=[f"{c.text}[{c.types}]".replace(" ", "_") for c in CASES]
+)
 def test_instruction(index: int) -> None:
     case = CASES[index]
     rng = np.random.default_rng(index)
     result, *codes = case.codes
     sources = [awkward(c, rng) for c in codes]
-    if case.text.startswith(("sh", "bf")) and "bfind" not in case.text:  # shift amounts: mostly sensible ones
+    if (
+        case.text.startswith(("sh", "bf")) and "bfind" not in case.text
+    ):  # shift amounts: mostly sensible ones
         k = len(sources) - (2 if case.text.startswith(("bfe.u", "bfi")) else 1)
         for j in range(max(k, 1), len(sources)):
-            sources[j] = np.where(rng.random(N) < 0.9, rng.integers(0, 40, N), sources[j]).astype(sources[j].dtype)
+            sources[j] = np.where(rng.random(N) < 0.9, rng.integers(0, 40, N), sources[j]).astype(
+                sources[j].dtype
+            )
     out = np.zeros(N, dtype(result))
     module().launch(f"case_{index}", N // 64, 64, 0, [out, *sources])
     with np.errstate(all="ignore"):
@@ -424,7 +480,9 @@ def test_instruction(index: int) -> None:
         assert not wrong.size, [(s[wrong[0]] for s in sources), out[wrong[0]], expected[wrong[0]]]
 
 
-def compare_floats(out: np.ndarray, expected: np.ndarray, sources: list[np.ndarray], rtol: float) -> None:
+def compare_floats(
+    out: np.ndarray, expected: np.ndarray, sources: list[np.ndarray], rtol: float
+) -> None:
     both_nan = (out != out) & (expected != expected)
     if rtol:
         close = np.isclose(out.astype("f8"), expected.astype("f8"), rtol=rtol, atol=1e-37)
@@ -432,7 +490,11 @@ def compare_floats(out: np.ndarray, expected: np.ndarray, sources: list[np.ndarr
         unsigned = f"u{out.dtype.itemsize}"
         close = out.view(unsigned) == expected.view(unsigned)
     wrong = np.argwhere(~(close | both_nan))
-    assert not wrong.size, ([s[wrong[0][0]] for s in sources], out[tuple(wrong[0])], expected[tuple(wrong[0])])
+    assert not wrong.size, (
+        [s[wrong[0][0]] for s in sources],
+        out[tuple(wrong[0])],
+        expected[tuple(wrong[0])],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ what plain CUDA C emits
@@ -529,7 +591,10 @@ def test_plain_cuda(arch: str) -> None:
     m.launch("bytes", 1, 32, 0, [x, y, z])
     np.testing.assert_array_equal(y, x.astype(np.int16) * 3)
     np.testing.assert_array_equal(z, (x >> 1).view(np.uint8))
-    f, d = m.memory.copy(np.arange(16, dtype=np.float32).reshape(4, 4)), m.memory.empty((4, 2), np.float64)
+    f, d = (
+        m.memory.copy(np.arange(16, dtype=np.float32).reshape(4, 4)),
+        m.memory.empty((4, 2), np.float64),
+    )
     m.launch("wide", 1, 4, 0, [f, d])
     np.testing.assert_array_equal(d, np.stack([f[:, 0] + f[:, 1], f[:, 2] * f[:, 3]], 1))
     out = np.zeros(32, np.int32)
@@ -537,11 +602,18 @@ def test_plain_cuda(arch: str) -> None:
     np.testing.assert_array_equal(out, 100 + 2 * (31 - np.arange(32)))
     out = np.zeros(24 * 12, np.int32)
     m.launch("block_ids", (2, 3, 4), (3, 2, 2), 0, [out])
-    np.testing.assert_array_equal(out.reshape(24, 12), 1000 * np.arange(24)[:, None] + np.arange(12))
+    np.testing.assert_array_equal(
+        out.reshape(24, 12), 1000 * np.arange(24)[:, None] + np.arange(12)
+    )
 
 
 def test_atomics() -> None:
-    u, f, w, s = np.zeros(8, np.uint32), np.zeros(1, np.float32), np.zeros(1, np.uint64), np.zeros(1, np.int32)
+    u, f, w, s = (
+        np.zeros(8, np.uint32),
+        np.zeros(1, np.float32),
+        np.zeros(1, np.uint64),
+        np.zeros(1, np.int32),
+    )
     plain("compute_80").launch("atomics", 1, 32, 0, [u, f, w, s], seed=3)
     assert u[:4].tolist() == [496, 31, 0xFFFFFFFF, 32 % 10] and u[4] in range(1, 33)
     assert (u[5], u[6], f[0], w[0], s[0]) == (3, 2**32 - 64, 16, 32 << 33, -31)
@@ -552,11 +624,16 @@ def test_warp_collectives() -> None:
     out = np.zeros(448, np.int32)
     plain("compute_80").launch("warps", 1, 64, 0, [out], seed=2)
     i, lane = np.arange(64), np.arange(64) % 32
-    np.testing.assert_array_equal(out[:64], np.where(lane < 3, i, i - 3) + 1000 * np.where(lane % 16 + 5 < 16, i + 5, i))
+    np.testing.assert_array_equal(
+        out[:64], np.where(lane < 3, i, i - 3) + 1000 * np.where(lane % 16 + 5 < 16, i + 5, i)
+    )
     np.testing.assert_array_equal(out[64:128], (i & ~7) + 7 + 1000 * (i ^ 9))
     ballot = sum(1 << k for k in range(0, 32, 3)) ^ 2
     np.testing.assert_array_equal(out[128:192].view(np.uint32), ballot)
-    np.testing.assert_array_equal(out[192:256].view(np.uint32), [sum(1 << k for k in range(32) if k % 5 == x % 5) for x in lane])
+    np.testing.assert_array_equal(
+        out[192:256].view(np.uint32),
+        [sum(1 << k for k in range(32) if k % 5 == x % 5) for x in lane],
+    )
     sums = np.where(i < 32, 496, 496 + 1024) + np.where(i < 32, 31, 63) * 10000
     np.testing.assert_array_equal(out[256:320], sums)
     np.testing.assert_array_equal(out[320:384], np.where(lane < 8, i ^ 2, 0))

@@ -1,6 +1,6 @@
 """Shows what a CUDA source needs from the emulator: opcodes with their counts, and those it does not know.
 
-    python -m tests.emulator kernel.cu --arch compute_90a -D HEAD_DIM=64
+python -m tests.emulator kernel.cu --arch compute_90a -D HEAD_DIM=64
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     text = options.source.read_text()
     if options.source.suffix != ".ptx":
         start = time.perf_counter()
-        defines = tuple(f"-D{d}" for d in options.defines) + (f"-I{options.source.resolve().parent}",)
+        defines = tuple(f"-D{d}" for d in options.defines) + (
+            f"-I{options.source.resolve().parent}",
+        )
         text = Nvrtc(options.cuda).ptx(text, options.arch, defines, options.source.name)
         print(f"NVRTC {time.perf_counter() - start:.2f} s")
     module = parse(text)
@@ -52,9 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         options.cpp.write_text(translation.source)
     start = time.perf_counter()
     build.kernel_library(translation.source)
-    print(f"g++ {build.optimisation(translation.source)}: {time.perf_counter() - start:.2f} s (0 when cached)")
+    print(
+        f"g++ {build.optimisation(translation.source)}: {time.perf_counter() - start:.2f} s (0 when cached)"
+    )
     for kernel in translation.kernels.values():
-        print(f"kernel {kernel.name}: {kernel.instructions} instructions, {kernel.static_shared} bytes of static shared memory")
+        print(
+            f"kernel {kernel.name}: {kernel.instructions} instructions, {kernel.static_shared} bytes of static shared memory"
+        )
     return 0
 
 

@@ -82,11 +82,15 @@ def optimisation(source: str) -> str:
 def kernel_library(source: str) -> ctypes.CDLL:
     """Compile and load the C++ of a module."""
     level = optimisation(source)
-    path = cache_directory() / f"kernel_{_digest(source, _headers(), level, *_FLAGS, *_KERNEL_FLAGS)}.so"
+    path = (
+        cache_directory()
+        / f"kernel_{_digest(source, _headers(), level, *_FLAGS, *_KERNEL_FLAGS)}.so"
+    )
     runtime()
     if not path.exists():
         source_path = path.with_suffix(".cpp")
         source_path.write_text(source)
-        _compile([*_FLAGS, *_KERNEL_FLAGS, level, "-shared", f"-I{RUNTIME}", str(source_path)], path)
+        _compile(
+            [*_FLAGS, *_KERNEL_FLAGS, level, "-shared", f"-I{RUNTIME}", str(source_path)], path
+        )
     return ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
-

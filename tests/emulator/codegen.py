@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .batch import MatrixBatch
 from .errors import Unsupported
 from .ptx import (
     SIZES,
@@ -55,7 +56,19 @@ C_TYPES = {
 REGISTER_TYPES = {
     **C_TYPES, "s8": "u8", "s16": "u16", "s32": "u32", "s64": "u64",
 }  # fmt: skip
-C_SIZES = {"u8": 1, "s8": 1, "u16": 2, "s16": 2, "u32": 4, "s32": 4, "float": 4, "u64": 8, "s64": 8, "double": 8, "u128": 16}
+C_SIZES = {
+    "u8": 1,
+    "s8": 1,
+    "u16": 2,
+    "s16": 2,
+    "u32": 4,
+    "s32": 4,
+    "float": 4,
+    "u64": 8,
+    "s64": 8,
+    "double": 8,
+    "u128": 16,
+}
 BITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64", 16: "u128"}
 
 SPECIAL = {
@@ -148,8 +161,12 @@ class Modifiers:
 class Scope:
     """Names visible inside one `{ }`."""
 
-    registers: dict[str, tuple[str, str]] = field(default_factory=dict)  # PTX name -> (C name, C type)
-    variables: dict[str, str] = field(default_factory=dict)  # PTX name -> C expression of its address
+    registers: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # PTX name -> (C name, C type)
+    variables: dict[str, str] = field(
+        default_factory=dict
+    )  # PTX name -> C expression of its address
     labels: dict[str, str] = field(default_factory=dict)
     targets: dict[str, list[str]] = field(default_factory=dict)
 
@@ -165,16 +182,25 @@ class Site:
 class Emitter:
     """Writes the C++ body of one function; emitters of instructions get it as `e`."""
 
-    def __init__(self, function: Function, module_scope: Scope, sites: list[Site], functions: dict[str, Function]) -> None:
+    def __init__(
+        self,
+        function: Function,
+        module_scope: Scope,
+        sites: list[Site],
+        functions: dict[str, Function],
+    ) -> None:
         self.function = function
         self.sites = sites
         self.functions = functions
         self.scopes = [module_scope]
         self.declarations: list[str] = []
         self.lines: list[str] = []
+        self.batch = MatrixBatch(function)
         self.local_bytes = 0
         self._names = 0
-        self._passed: set[str] = set()  # C labels that already stand in the code: a branch there is a backward branch
+        self._passed: set[str] = (
+            set()
+        )  # C labels that already stand in the code: a branch there is a backward branch
         self._now: Instruction | None = None
         self._site: int | None = None
 
@@ -186,11 +212,15 @@ class Emitter:
     def site(self) -> int:
         """Tell the runtime where it is: call before emitting any runtime call. Returns the site's index."""
         if self._site is None:
-            assert self._now is not None
-            self._site = len(self.sites)
-            self.sites.append(Site(self._now.full_opcode, self._now.location))
+            self._site = self.site_index()
             self.lines.append(f"    t.site = {self._site};")
         return self._site
+
+    def site_index(self) -> int:
+        """A new site for the current instruction, without telling the runtime."""
+        assert self._now is not None
+        self.sites.append(Site(self._now.full_opcode, self._now.location))
+        return len(self.sites) - 1
 
     def count(self) -> None:
         """Count one lane's execution of the current instruction (grouped into warp instructions by the runtime)."""
@@ -205,6 +235,11 @@ class Emitter:
     def vector(self, operand: Operand) -> list[Operand]:
         """Elements of `{...}`; a single operand counts as a vector of one."""
         return list(operand.elements) if isinstance(operand, Vector) else [operand]
+
+    def register_name(self, operand: Operand) -> str | None:
+        """C name of a register operand; None for anything else."""
+        found = self._register(operand.text) if isinstance(operand, Name) else None
+        return found[0] if found else None
 
     def register_type(self, operand: Operand) -> str | None:
         """C type of a register operand; None for anything else."""
@@ -259,7 +294,11 @@ class Emitter:
         else:
             text = f"({width})({self.read(base, 'b64' if self.register_type(base) in ('u64', 's64') else 'b32')})"
         if operand.offset:
-            text = f"({text} + ({width}){operand.offset}ll)" if operand.offset < 0 else f"({text} + {operand.offset}u)"
+            text = (
+                f"({text} + ({width}){operand.offset}ll)"
+                if operand.offset < 0
+                else f"({text} + {operand.offset}u)"
+            )
         return text
 
     def jump(self, label: str) -> None:
@@ -287,7 +326,9 @@ class Emitter:
 
     def parameter(self, operand: Operand) -> str:
         """C expression (`u8*`) of a .param variable with an optional offset."""
-        base, offset = (operand.base, operand.offset) if isinstance(operand, Address) else (operand, 0)
+        base, offset = (
+            (operand.base, operand.offset) if isinstance(operand, Address) else (operand, 0)
+        )
         return f"((u8*)({self._symbol_address(base)}) + {offset})"
 
     # ---- names --------------------------------------------------------------------------------------------------------
@@ -306,7 +347,11 @@ class Emitter:
 
     def _special_or_symbol(self, name: str) -> tuple[str, str]:
         if name in SPECIAL:
-            return SPECIAL[name], "u64" if name in ("%clock64", "%globaltimer", "%gridid") else "u32"
+            return SPECIAL[name], "u64" if name in (
+                "%clock64",
+                "%globaltimer",
+                "%gridid",
+            ) else "u32"
         if name.startswith("%"):
             raise self.fail(f"unknown register {name}")
         return f"(u64)({self._symbol_address(Name(name))})", "u64"
@@ -341,6 +386,7 @@ class Emitter:
         self._collect_labels(0)
         for position, statement in enumerate(self.function.body):
             self._statement(statement, position)
+        self.batch.flush(self)
         self.scopes.pop()
 
     def _statement(self, s: Statement, position: int) -> None:
@@ -348,6 +394,7 @@ class Emitter:
         if isinstance(s, Instruction):
             self._instruction(s)
         elif isinstance(s, Label):
+            self.batch.flush(self)
             self._passed.add(scope.labels[s.name])
             self.lines.append(f"  {scope.labels[s.name]}:;")
         elif isinstance(s, Registers):
@@ -384,9 +431,12 @@ class Emitter:
         depth = len(self.scopes) - 2
         names = []
         for ptx in s.names:
-            name = "r_" + re.sub(r"[^A-Za-z0-9]", "_", ptx.lstrip("%")) if depth == 0 else self._unique("a_" + ptx)
+            clean = re.sub(r"[^A-Za-z0-9]", "_", ptx.lstrip("%"))
+            place = self.batch.place(s.type, c_type) if ptx in self.batch.names else None
+            name = place or (f"r_{clean}" if depth == 0 else self._unique(f"a_{clean}"))
             self.scopes[-1].registers[ptx] = (name, c_type)
-            names.append(name)
+            if not place:
+                names.append(name)
         for i in range(0, len(names), 16):
             self.declarations.append(f"  {c_type} {', '.join(names[i : i + 16])};")
 
@@ -408,8 +458,15 @@ class Emitter:
         emit, taken = find_emitter(i)
         self._now, self._site = i, None
         modifiers = Modifiers(i, taken)
+        is_matrix = i.opcode in ("mma", "ldmatrix")
+        if is_matrix and i.guard:
+            self.batch.flush(self)
+        elif not is_matrix:
+            self.batch.before(self, i)
         start = len(self.lines)
         emit(self, i, modifiers)
+        if is_matrix and i.guard:
+            self.batch.flush(self)  # under the guard, alone
         if modifiers.left:
             raise self.fail(f"modifier .{modifiers.left[0]} is not known here")
         body = [x.strip() for x in self.lines[start:]]
@@ -432,6 +489,7 @@ def load_emitters() -> None:
         codegen_control,
         codegen_convert,
         codegen_hopper,
+        codegen_matrix,
         codegen_memory,
         codegen_scalar,
         codegen_warp,

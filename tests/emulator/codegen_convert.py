@@ -41,7 +41,16 @@ def _round_half(kind: str, rounding: str, value: str, relu: bool) -> str:
     return f"emu::relu_{kind}({text})" if relu else text
 
 
-def _scalar(e: Emitter, i: Instruction, source: str, result: str, rounding: str, ftz: bool, sat: bool, relu: bool) -> str:
+def _scalar(
+    e: Emitter,
+    i: Instruction,
+    source: str,
+    result: str,
+    rounding: str,
+    ftz: bool,
+    sat: bool,
+    relu: bool,
+) -> str:
     if source not in SIZES or result not in SIZES:
         raise e.fail("types")
     value = e.read(i.operands[1], source)
@@ -57,13 +66,20 @@ def _scalar(e: Emitter, i: Instruction, source: str, result: str, rounding: str,
         return f"emu::to_integer<{c}>({value}, emu::{mode})"
     if result in _FLOATS:
         return _integer_to_float(e, value, source, result, rounding, sat)
-    return f"emu::clamp_integer<{C_TYPES[result]}>({value})" if sat else f"({C_TYPES[result]}){value}"
+    return (
+        f"emu::clamp_integer<{C_TYPES[result]}>({value})" if sat else f"({C_TYPES[result]}){value}"
+    )
 
 
-def _float_to_float(value: str, source: str, result: str, rounding: str, ftz: bool, sat: bool, relu: bool) -> str:
+def _float_to_float(
+    value: str, source: str, result: str, rounding: str, ftz: bool, sat: bool, relu: bool
+) -> str:
     if rounding in _TO_INTEGRAL:
         value = f"emu::integral({value}, emu::{rounding.upper()})"
-    narrowing = SIZES[result] < SIZES[source] or (source, result) in (("f16", "bf16"), ("bf16", "f16"))
+    narrowing = SIZES[result] < SIZES[source] or (source, result) in (
+        ("f16", "bf16"),
+        ("bf16", "f16"),
+    )
     if result in ("f16", "bf16"):
         text = f"emu::to_{result}{'_rz' if rounding == 'rz' else ''}({value})"
         text = f"emu::saturate_{result}({text})" if sat else text
@@ -77,7 +93,9 @@ def _float_to_float(value: str, source: str, result: str, rounding: str, ftz: bo
     return f"emu::saturate({text})" if sat else text
 
 
-def _integer_to_float(e: Emitter, value: str, source: str, result: str, rounding: str, sat: bool) -> str:
+def _integer_to_float(
+    e: Emitter, value: str, source: str, result: str, rounding: str, sat: bool
+) -> str:
     if result in ("f16", "bf16"):
         if rounding not in ("rn", ""):
             raise e.fail(f"rounding .{rounding} from integers to {result}")

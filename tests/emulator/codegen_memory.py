@@ -5,7 +5,17 @@ from __future__ import annotations
 from .codegen import C_TYPES, Emitter, Modifiers, emits
 from .ptx import SIZES, Address, Instruction, Operand
 
-_SPACES = ("shared", "shared::cta", "shared::cluster", "global", "local", "const", "param", "param::entry", "param::func")
+_SPACES = (
+    "shared",
+    "shared::cta",
+    "shared::cluster",
+    "global",
+    "local",
+    "const",
+    "param",
+    "param::entry",
+    "param::func",
+)
 _CACHE = (
     "ca", "cg", "cs", "lu", "cv", "wb", "wt", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first",
     "L1::evict_last", "L1::no_allocate", "L2::evict_normal", "L2::evict_first", "L2::evict_last", "L2::64B", "L2::128B",
@@ -185,4 +195,6 @@ def cp_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
     e.site()
     if how == "cg":
         e.line(f'if ({n} != 16) emu::fail(emu::ASYNC_MISUSE, "cp.async.cg copies 16 bytes");')
-    e.line(f"emu::cp_async(t, {e.address(dst, 'shared')}, {e.address(src, 'global')}, {n}, {bytes_read});")
+    e.line(
+        f"emu::cp_async(t, {e.address(dst, 'shared')}, {e.address(src, 'global')}, {n}, {bytes_read});"
+    )

@@ -13,7 +13,14 @@ from .ptx import Instruction, Not, Pair
 
 _HALF = ("f16", "bf16", "f16x2", "bf16x2")
 _WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64", "u64": "u128", "s64": "s128"}
-_WIDE_C = {"u32": "u32", "s32": "s32", "u64": "u64", "s64": "s64", "u128": "u128", "s128": "__int128"}
+_WIDE_C = {
+    "u32": "u32",
+    "s32": "s32",
+    "u64": "u64",
+    "s64": "s64",
+    "u128": "u128",
+    "s128": "__int128",
+}
 
 
 def _float_result(expression: str, t: str, ftz: bool, sat: bool) -> str:
@@ -98,7 +105,11 @@ def _float_binary(e: Emitter, i: Instruction, m: Modifiers, t: str, sign: str) -
         _f32x2(e, i, lambda a, b: f"{a} {sign} {b}", rounding, ftz)
         return
     a, b = _sources(e, i, t, ftz)
-    value = f"{a} {sign} {b}" if rounding == "rn" else f"emu::rounded('{sign}', {a}, {b}, emu::{rounding.upper()})"
+    value = (
+        f"{a} {sign} {b}"
+        if rounding == "rn"
+        else f"emu::rounded('{sign}', {a}, {b}, emu::{rounding.upper()})"
+    )
     e.write(i.operands[0], t, _float_result(value, t, ftz, sat))
 
 
@@ -109,9 +120,13 @@ def _f32x2(e: Emitter, i: Instruction, one: Callable[..., str], rounding: str, f
         e.line(f"u64 p{k} = {e.read(x, 'b64')};")
     halves = []
     for shift in (0, 32):
-        values = [f"__builtin_bit_cast(float, (u32)(p{k} >> {shift}))" for k in range(len(i.operands) - 1)]
+        values = [
+            f"__builtin_bit_cast(float, (u32)(p{k} >> {shift}))" for k in range(len(i.operands) - 1)
+        ]
         value = one(*(f"emu::ftz({v})" if ftz else v for v in values))
-        halves.append(f"(u64)__builtin_bit_cast(u32, (float)({_float_result(value, 'f32', ftz, False)}))")
+        halves.append(
+            f"(u64)__builtin_bit_cast(u32, (float)({_float_result(value, 'f32', ftz, False)}))"
+        )
     e.write(i.operands[0], "b64", f"{halves[0]} | {halves[1]} << 32")
 
 
@@ -215,7 +230,9 @@ def min_max(e: Emitter, i: Instruction, m: Modifiers) -> None:
         values = _sources(e, i, t, ftz)
         value = values[0]
         for other in values[1:]:
-            value = f"emu::{i.opcode}_float<{C_TYPES[t]}, {int(nan)}, {int(xorsign)}>({value}, {other})"
+            value = (
+                f"emu::{i.opcode}_float<{C_TYPES[t]}, {int(nan)}, {int(xorsign)}>({value}, {other})"
+            )
         e.write(i.operands[0], t, value)
     else:
         relu = m.flag("relu")
@@ -239,7 +256,9 @@ def neg_abs(e: Emitter, i: Instruction, m: Modifiers) -> None:
         e.write(i.operands[0], t, f"-{a}" if i.opcode == "neg" else f"__builtin_fabs{suffix}({a})")
     else:
         c = C_TYPES[t]
-        e.write(i.operands[0], t, f"({c})-{a}" if i.opcode == "neg" else f"({c})({a} < 0 ? -{a} : {a})")
+        e.write(
+            i.operands[0], t, f"({c})-{a}" if i.opcode == "neg" else f"({c})({a} < 0 ? -{a} : {a})"
+        )
 
 
 @emits("copysign")
@@ -343,7 +362,11 @@ def funnel_shift(e: Emitter, i: Instruction, m: Modifiers) -> None:
 @emits("bfe")
 def bfe(e: Emitter, i: Instruction, m: Modifiers) -> None:
     t = m.type()
-    a, pos, length = e.read(i.operands[1], t), e.read(i.operands[2], "u32"), e.read(i.operands[3], "u32")
+    a, pos, length = (
+        e.read(i.operands[1], t),
+        e.read(i.operands[2], "u32"),
+        e.read(i.operands[3], "u32"),
+    )
     e.write(i.operands[0], t, f"emu::bit_field_extract<{C_TYPES[t]}>({a}, {pos}, {length})")
 
 
@@ -379,7 +402,11 @@ def brev(e: Emitter, i: Instruction, m: Modifiers) -> None:
 def bfind(e: Emitter, i: Instruction, m: Modifiers) -> None:
     t = m.type()
     amount = m.flag("shiftamt")
-    e.write(i.operands[0], "u32", f"emu::find_leading<{C_TYPES[t]}>({e.read(i.operands[1], t)}, {int(amount)})")
+    e.write(
+        i.operands[0],
+        "u32",
+        f"emu::find_leading<{C_TYPES[t]}>({e.read(i.operands[1], t)}, {int(amount)})",
+    )
 
 
 @emits("bmsk")
@@ -398,7 +425,18 @@ def sad(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- compare, select and move
-_COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
+_COMPARE = {
+    "eq": "==",
+    "ne": "!=",
+    "lt": "<",
+    "le": "<=",
+    "gt": ">",
+    "ge": ">=",
+    "lo": "<",
+    "ls": "<=",
+    "hi": ">",
+    "hs": ">=",
+}
 _UNORDERED = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}
 _COMPARISONS = (*_COMPARE, *_UNORDERED, "num", "nan")
 
@@ -435,7 +473,9 @@ def _compare(e: Emitter, i: Instruction, m: Modifiers, t: str) -> tuple[list[str
         pairs = []
         for shift in shifts:
             for name in "ab":
-                e.line(f"float {name}{shift} = emu::from_{kind}({flush(f'(u16)(h{name} >> {shift})')});")
+                e.line(
+                    f"float {name}{shift} = emu::from_{kind}({flush(f'(u16)(h{name} >> {shift})')});"
+                )
             pairs.append((f"a{shift}", f"b{shift}"))
     else:
         pairs = [(f"emu::ftz({a})", f"emu::ftz({b})") if ftz and t == "f32" else (a, b)]
@@ -472,11 +512,17 @@ def set_(e: Emitter, i: Instruction, m: Modifiers) -> None:
     values = [_combine(v, combine, predicate) for v in values]
     if result in ("f16x2", "bf16x2"):
         one = "0x3c00u" if result == "f16x2" else "0x3f80u"
-        e.write(i.operands[0], "b32", f"({values[0]} ? {one} : 0u) | ({values[1]} ? {one} << 16 : 0u)")
+        e.write(
+            i.operands[0], "b32", f"({values[0]} ? {one} : 0u) | ({values[1]} ? {one} << 16 : 0u)"
+        )
     elif len(values) == 2:
-        e.write(i.operands[0], "b32", f"({values[0]} ? 0xffffu : 0u) | ({values[1]} ? 0xffff0000u : 0u)")
+        e.write(
+            i.operands[0], "b32", f"({values[0]} ? 0xffffu : 0u) | ({values[1]} ? 0xffff0000u : 0u)"
+        )
     else:
-        true = {"f32": "1.f", "f16": "0x3c00", "bf16": "0x3f80"}.get(result, f"({C_TYPES[result]})-1")
+        true = {"f32": "1.f", "f16": "0x3c00", "bf16": "0x3f80"}.get(
+            result, f"({C_TYPES[result]})-1"
+        )
         e.write(i.operands[0], result, f"{values[0]} ? {true} : ({C_TYPES[result]})0")
 
 
@@ -511,11 +557,21 @@ def mov(e: Emitter, i: Instruction, m: Modifiers) -> None:
     elif len(sources) > 1:
         width = bits // len(sources)
         c = C_TYPES[t]
-        e.write(d, t, " | ".join(f"({c}){e.read(s, f'b{width}')} << {k * width}" for k, s in enumerate(sources)))
+        e.write(
+            d,
+            t,
+            " | ".join(
+                f"({c}){e.read(s, f'b{width}')} << {k * width}" for k, s in enumerate(sources)
+            ),
+        )
     elif isinstance(a, Not):
         raise e.fail("negated source")
     else:
         # keep the register's own type: no conversion when both sides are, say, float
         kind = e.register_type(d)
         same = {"float": "f32", "double": "f64"}.get(kind or "", t)
-        e.write(d, same if same in ("f32", "f64") else t, e.read(a, same if same in ("f32", "f64") else t))
+        e.write(
+            d,
+            same if same in ("f32", "f64") else t,
+            e.read(a, same if same in ("f32", "f64") else t),
+        )

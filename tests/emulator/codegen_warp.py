@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from .codegen import C_TYPES, Emitter, Modifiers, emits
 from .ptx import Instruction, Pair
 
@@ -61,7 +59,12 @@ def vote(e: Emitter, i: Instruction, m: Modifiers) -> None:
     e.site()
     e.line(f"u32 x = emu::vote(t, {e.read(p, 'pred')}, {e.read(mask, 'u32')});")
     member = e.read(mask, "u32")
-    value = {"all": f"x == {member}", "any": "x != 0", "uni": f"x == 0 || x == {member}", "ballot": "x"}[mode]
+    value = {
+        "all": f"x == {member}",
+        "any": "x != 0",
+        "uni": f"x == 0 || x == {member}",
+        "ballot": "x",
+    }[mode]
     e.write(d, t, value)
 
 
@@ -104,18 +107,6 @@ def activemask(e: Emitter, i: Instruction, m: Modifiers) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- matrix instructions
-@emits("ldmatrix")
-def ldmatrix(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    m.flag("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")
-    m.one_of("x1", "x2", "x4")
-    trans = m.flag("trans")
-    d = e.vector(i.operands[0])
-    e.site()
-    e.line(f"u32 x[{len(d)}]; emu::ldmatrix(t, {e.address(i.operands[1], 'shared')}, {len(d)}, {int(trans)}, x);")
-    for k, r in enumerate(d):
-        e.write(r, "b32", f"x[{k}]")
-
-
 @emits("stmatrix")
 def stmatrix(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("sync", "aligned", "m8n8", "shared", "shared::cta", "b16")
@@ -124,7 +115,9 @@ def stmatrix(e: Emitter, i: Instruction, m: Modifiers) -> None:
     values = e.vector(i.operands[1])
     e.site()
     e.line(f"u32 x[{len(values)}] = {{{', '.join(e.read(v, 'b32') for v in values)}}};")
-    e.line(f"emu::stmatrix(t, {e.address(i.operands[0], 'shared')}, {len(values)}, {int(trans)}, x);")
+    e.line(
+        f"emu::stmatrix(t, {e.address(i.operands[0], 'shared')}, {len(values)}, {int(trans)}, x);"
+    )
 
 
 @emits("movmatrix")
@@ -132,49 +125,3 @@ def movmatrix(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("sync", "aligned", "m8n8", "trans", "b16")
     e.site()
     e.write(i.operands[0], "b32", f"emu::movmatrix(t, {e.read(i.operands[1], 'b32')})")
-
-
-# shape and operand type -> registers of A, B and C/D
-_MMA = {
-    ("m16n8k8", "f16"): (2, 1, 4), ("m16n8k16", "f16"): (4, 2, 4), ("m16n8k8", "bf16"): (2, 1, 4),
-    ("m16n8k16", "bf16"): (4, 2, 4), ("m16n8k4", "tf32"): (2, 1, 4), ("m16n8k8", "tf32"): (4, 2, 4),
-    ("m8n8k4", "f64"): (1, 1, 2), ("m16n8k4", "f64"): (2, 1, 4), ("m16n8k8", "f64"): (4, 2, 4),
-    ("m16n8k16", "f64"): (8, 4, 4),
-}  # fmt: skip
-
-
-@emits("mma")
-def mma(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    m.flag("sync", "aligned", "row", "col", "rn")
-    shape = m.match(r"m\d+n\d+k\d+")
-    if len(m.left) != 4:
-        raise e.fail("expected four types")
-    td, ta, tb, tc = m.left
-    m.left.clear()
-    counts = _MMA.get((shape, ta))
-    half_sums = td == "f16"
-    if counts is None or ta != tb or td != tc or td != ("f64" if ta == "f64" else "f16" if half_sums else "f32"):
-        raise e.fail("shape and types")
-    if half_sums and ta != "f16":
-        raise e.fail("half-precision sums of other operands")
-    d, a, b, c = (e.vector(x) for x in i.operands)
-    expected = (*counts[:2], 2 if half_sums else counts[2])
-    if (len(a), len(b), len(c)) != expected or len(d) != len(c):
-        raise e.fail("number of registers")
-    operand = "f64" if ta == "f64" else "b32"
-    sums = "b32" if half_sums else td
-    k = int(re.sub(r".*k", "", shape))
-    rows = 8 if shape.startswith("m8") else 16
-    e.site()
-    e.line(f"{C_TYPES[operand]} a[] = {{{', '.join(e.read(x, operand) for x in a)}}};")
-    e.line(f"{C_TYPES[operand]} b[] = {{{', '.join(e.read(x, operand) for x in b)}}};")
-    e.line(f"{C_TYPES[sums]} d[] = {{{', '.join(e.read(x, sums) for x in c)}}};")
-    if ta == "f64":
-        e.line(f"emu::mma_f64(t, {rows}, {k}, a, b, d);")
-    else:
-        e.line(f"emu::mma_{ta}{'_f16' if half_sums else ''}(t, {k}, a, b, d);")
-    for n, x in enumerate(d):
-        e.write(x, sums, f"d[{n}]")
-
-
-

@@ -17,7 +17,15 @@ from .memory import Memory
 from .translate import Kernel, Translation, translate
 
 _LOCK = threading.Lock()  # the runtime runs one launch at a time
-_COLUMNS = ("executed", "wavefronts", "ideal_wavefronts", "sectors", "shared_bytes", "global_bytes", "lanes")
+_COLUMNS = (
+    "executed",
+    "wavefronts",
+    "ideal_wavefronts",
+    "sectors",
+    "shared_bytes",
+    "global_bytes",
+    "lanes",
+)
 
 
 class _Request(ctypes.Structure):
@@ -164,17 +172,25 @@ class Module:
         kernel = self.kernels.get(name)
         if kernel is None:
             raise LaunchError(f"no kernel {name!r}; the module has {', '.join(self.kernels)}")
-        shape = _Shape(_triple(grid), _triple(block), _triple(cluster or kernel.required_cluster or 1))
+        shape = _Shape(
+            _triple(grid), _triple(block), _triple(cluster or kernel.required_cluster or 1)
+        )
         _check_launch(kernel, shape, shared_memory, limits or Limits())
         packed, keep = _pack(kernel, params, self.memory)
         with _LOCK:
-            return self._run(kernel, shape, shared_memory, packed, keep, seed, race, uninitialised, counters)
+            return self._run(
+                kernel, shape, shared_memory, packed, keep, seed, race, uninitialised, counters
+            )
 
-    def _run(self, kernel, shape, shared_memory, packed, keep, seed, race, uninitialised, counters) -> Counters:  # noqa: ANN001
+    def _run(
+        self, kernel, shape, shared_memory, packed, keep, seed, race, uninitialised, counters
+    ) -> Counters:  # noqa: ANN001
         sites = self.translation.sites
         counts = np.zeros((len(sites), len(_COLUMNS)), np.uint64)
         start = packed.ctypes.data
-        extra = [(a, a + n, False) for a, n in self._variables] + [(start, start + packed.nbytes, True)]
+        extra = [(a, a + n, False) for a, n in self._variables] + [
+            (start, start + packed.nbytes, True)
+        ]
         ranges = self.memory.table(extra)
         request = _Request(
             shape.grid, shape.block, shape.cluster, kernel.static_shared, kernel.static_shared + shared_memory, seed, race,
@@ -187,18 +203,33 @@ class Module:
             self._runtime.emu_launch(ctypes.byref(request), ctypes.byref(result))
         del keep
         if result.error:
-            raise BY_CODE[result.error](f"kernel {kernel.name}: {result.message.decode(errors='replace')}")
-        return self._counters(counts, int(result.switches)) if counters else Counters(switches=int(result.switches))
+            raise BY_CODE[result.error](
+                f"kernel {kernel.name}: {result.message.decode(errors='replace')}"
+            )
+        return (
+            self._counters(counts, int(result.switches))
+            if counters
+            else Counters(switches=int(result.switches))
+        )
 
     def _counters(self, counts: np.ndarray, switches: int) -> Counters:
         lines: dict[tuple[str, int], Line] = defaultdict(Line)
         total = Counters(switches=switches)
         for index in np.flatnonzero(counts.any(axis=1)):
-            site, row = self.translation.sites[index], dict(zip(_COLUMNS, counts[index].tolist(), strict=True))
+            site, row = (
+                self.translation.sites[index],
+                dict(zip(_COLUMNS, counts[index].tolist(), strict=True)),
+            )
             key = (PurePath(site.location.file).name, site.location.line)
             for target in (lines[key], total):
                 target.instructions[site.opcode] += row["executed"]
-                for column in ("wavefronts", "ideal_wavefronts", "sectors", "shared_bytes", "global_bytes"):
+                for column in (
+                    "wavefronts",
+                    "ideal_wavefronts",
+                    "sectors",
+                    "shared_bytes",
+                    "global_bytes",
+                ):
                     setattr(target, column, getattr(target, column) + row[column])
         total.lines = dict(lines)
         return total
@@ -220,8 +251,14 @@ def _triple(x: Any) -> tuple[int, int, int]:
 
 def _check_launch(kernel: Kernel, shape: _Shape, shared_memory: int, limits: Limits) -> None:
     threads = int(np.prod(shape.block, dtype=np.int64))
-    if not 1 <= threads <= min(kernel.max_threads, limits.threads) or shape.block[2] > 64 or min(shape.block) < 1:
-        raise LaunchError(f"block {shape.block}: {kernel.name} takes at most {min(kernel.max_threads, limits.threads)} threads")
+    if (
+        not 1 <= threads <= min(kernel.max_threads, limits.threads)
+        or shape.block[2] > 64
+        or min(shape.block) < 1
+    ):
+        raise LaunchError(
+            f"block {shape.block}: {kernel.name} takes at most {min(kernel.max_threads, limits.threads)} threads"
+        )
     if kernel.required_block and (*kernel.required_block, 1, 1)[:3] != shape.block:
         raise LaunchError(f"block {shape.block}: {kernel.name} demands {kernel.required_block}")
     if any(not 1 <= n <= most for n, most in zip(shape.grid, limits.grid, strict=True)):
@@ -232,16 +269,22 @@ def _check_launch(kernel: Kernel, shape: _Shape, shared_memory: int, limits: Lim
         raise LaunchError(f"cluster {shape.cluster} has more than {limits.cluster} blocks")
     total = kernel.static_shared + shared_memory
     if shared_memory < 0 or total > limits.shared_memory:
-        raise LaunchError(f"{total} bytes of shared memory; the device has {limits.shared_memory} per block")
+        raise LaunchError(
+            f"{total} bytes of shared memory; the device has {limits.shared_memory} per block"
+        )
 
 
 def _pack(kernel: Kernel, params: Any, memory: Memory) -> tuple[np.ndarray, list[Any]]:
     """Parameter block as bytes, and what must stay alive during the launch."""
-    if isinstance(params, (bytes, np.void)) or (isinstance(params, np.ndarray) and params.dtype.fields):
+    if isinstance(params, (bytes, np.void)) or (
+        isinstance(params, np.ndarray) and params.dtype.fields
+    ):
         params = [params]
     params = list(params)
     if len(params) != len(kernel.parameters):
-        raise LaunchError(f"{kernel.name} takes {len(kernel.parameters)} parameters, {len(params)} were given")
+        raise LaunchError(
+            f"{kernel.name} takes {len(kernel.parameters)} parameters, {len(params)} were given"
+        )
     # 64-byte aligned, as __grid_constant__ tensor maps need
     raw = np.zeros(max(kernel.parameter_bytes, 1) + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -249,10 +292,18 @@ def _pack(kernel: Kernel, params: Any, memory: Memory) -> tuple[np.ndarray, list
     keep: list[Any] = [raw]
     for index, ((offset, size), value) in enumerate(zip(kernel.parameters, params, strict=True)):
         data = _bytes_of(value, memory, keep)
-        if isinstance(value, (int, np.ndarray)) and len(data) != size and not getattr(value, "dtype", np.dtype(int)).fields:
-            raise LaunchError(f"parameter {index} of {kernel.name} has {size} bytes, a pointer has 8: pass a NumPy scalar")
+        if (
+            isinstance(value, (int, np.ndarray))
+            and len(data) != size
+            and not getattr(value, "dtype", np.dtype(int)).fields
+        ):
+            raise LaunchError(
+                f"parameter {index} of {kernel.name} has {size} bytes, a pointer has 8: pass a NumPy scalar"
+            )
         if len(data) != size:
-            raise LaunchError(f"parameter {index} of {kernel.name} has {size} bytes, {len(data)} were given")
+            raise LaunchError(
+                f"parameter {index} of {kernel.name} has {size} bytes, {len(data)} were given"
+            )
         block[offset : offset + size] = np.frombuffer(data, np.uint8)
     return block, keep
 

@@ -24,10 +24,15 @@ def find_library(major: int) -> Path:
         No NVRTC wheel of that version is installed.
     """
     for folder in map(Path, sys.path):
-        for pattern in (f"nvidia/cuda_nvrtc/lib/libnvrtc.so.{major}", f"nvidia/cu{major}/lib/libnvrtc.so.{major}"):
+        for pattern in (
+            f"nvidia/cuda_nvrtc/lib/libnvrtc.so.{major}",
+            f"nvidia/cu{major}/lib/libnvrtc.so.{major}",
+        ):
             if (folder / pattern).exists():
                 return folder / pattern
-    raise FileNotFoundError(f"NVRTC {major} is not installed (pip install nvidia-cuda-nvrtc-cu{major})")
+    raise FileNotFoundError(
+        f"NVRTC {major} is not installed (pip install nvidia-cuda-nvrtc-cu{major})"
+    )
 
 
 class Nvrtc:
@@ -54,11 +59,23 @@ class Nvrtc:
         self.version = (numbers[0].value, numbers[1].value)
         self.log = ""
 
-    def ptx(self, source: str, arch: str = "compute_80", options: tuple[str, ...] = (), name: str = "kernel.cu") -> str:
+    def ptx(
+        self,
+        source: str,
+        arch: str = "compute_80",
+        options: tuple[str, ...] = (),
+        name: str = "kernel.cu",
+    ) -> str:
         """PTX of a CUDA source."""
         return self._compile(source, arch, options, name, "PTX").rstrip(b"\0").decode()
 
-    def cubin(self, source: str, arch: str = "sm_80", options: tuple[str, ...] = (), name: str = "kernel.cu") -> bytes:
+    def cubin(
+        self,
+        source: str,
+        arch: str = "sm_80",
+        options: tuple[str, ...] = (),
+        name: str = "kernel.cu",
+    ) -> bytes:
         """Cubin of a CUDA source: runs ptxas, which checks what the PTX front end does not."""
         return self._compile(source, arch, options, name, "CUBIN")
 
@@ -73,9 +90,15 @@ class Nvrtc:
         self._check(getattr(self._lib, f"nvrtcGet{what}")(program, buffer))
         return buffer.raw
 
-    def _compile(self, source: str, arch: str, options: tuple[str, ...], name: str, what: str) -> bytes:
+    def _compile(
+        self, source: str, arch: str, options: tuple[str, ...], name: str, what: str
+    ) -> bytes:
         program = ctypes.c_void_p()
-        self._check(self._lib.nvrtcCreateProgram(ctypes.byref(program), source.encode(), name.encode(), 0, None, None))
+        self._check(
+            self._lib.nvrtcCreateProgram(
+                ctypes.byref(program), source.encode(), name.encode(), 0, None, None
+            )
+        )
         try:
             arguments = [o.encode() for o in (f"-arch={arch}", *OPTIONS, *options)]
             array = (ctypes.c_char_p * len(arguments))(*arguments)

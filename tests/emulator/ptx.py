@@ -70,6 +70,21 @@ class Group:
 Operand = Name | Number | Not | Pair | Vector | Address | Group
 
 
+def names_in(operand: Operand) -> list[str]:
+    """Every name that an operand mentions."""
+    if isinstance(operand, Name):
+        return [operand.text]
+    if isinstance(operand, Not):
+        return [operand.operand.text]
+    if isinstance(operand, Pair):
+        return names_in(operand.first) + names_in(operand.second)
+    if isinstance(operand, (Vector, Group)):
+        return [n for x in operand.elements for n in names_in(x)]
+    if isinstance(operand, Address):
+        return names_in(operand.base) + [n for x in operand.extra for n in names_in(x)]
+    return []
+
+
 # ----------------------------------------------------------------------------------------------------------- statements
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -236,7 +251,9 @@ def parse_operand(text: str) -> Operand:
     value = parse_integer(text)
     if value is not None:
         return Number(value)
-    m = re.match(r"([%$\w.]+)\s*\+\s*(-?\w+)$", text)  # variable + constant, as in mov.u64 %rd1, table+16
+    m = re.match(
+        r"([%$\w.]+)\s*\+\s*(-?\w+)$", text
+    )  # variable + constant, as in mov.u64 %rd1, table+16
     if m and parse_integer(m[2]) is not None:
         return Address(Name(m[1]), parse_integer(m[2]) or 0)
     raise Unsupported(f"PTX operand {text!r}")
@@ -251,7 +268,9 @@ def _parse_address(text: str) -> Address:
     if offset is None:
         raise Unsupported(f"PTX address {text!r}")
     base = parse_operand(m[1])
-    return Address(base, -offset if m[2] == "-" else offset, tuple(parse_operand(p) for p in parts[1:]))
+    return Address(
+        base, -offset if m[2] == "-" else offset, tuple(parse_operand(p) for p in parts[1:])
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- parser
@@ -261,13 +280,19 @@ _STATEMENT = re.compile(
     r"|(?P<label>[$\w%.]+)\s*:(?!:)|(?P<body>[^;{}]+(?:\{[^{}]*\}[^;{}]*)*);|;)"
 )
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?")
-_HEADER = re.compile(r"\.(entry|func)\b\s*(\([^)]*\))?\s*([\w$]+)\s*(\([^)]*\))?([^{;]*)([{;])", re.S)
-_DIRECTIVES = re.compile(r"\.(maxntid|reqntid|minnctapersm|maxnreg|reqnctapercluster|maxclusterrank|explicitcluster)"
-                         r"\b\s*([\d,\s]*)")
+_HEADER = re.compile(
+    r"\.(entry|func)\b\s*(\([^)]*\))?\s*([\w$]+)\s*(\([^)]*\))?([^{;]*)([{;])", re.S
+)
+_DIRECTIVES = re.compile(
+    r"\.(maxntid|reqntid|minnctapersm|maxnreg|reqnctapercluster|maxclusterrank|explicitcluster)"
+    r"\b\s*([\d,\s]*)"
+)
 _VARIABLE = re.compile(
     r"(?P<extern>\.extern\s+|\.visible\s+|\.weak\s+|\.common\s+)*\.(?P<space>shared|local|const|global|param)\b\s*"
     r"(?P<align1>\.align\s+\d+\s+)?(?:\.v(?P<v>\d)\s+)?\.(?P<type>[busf]\w*|pred)\s+(?:\.ptr\b\s*(?:\.\w+\s*)*?(?:\.align\s+\d+\s*)?)?"
-    r"(?P<name>[\w$]+)\s*(?P<dims>(?:\[\d*\])*)\s*(?:=\s*(?P<init>.*))?$", re.S)
+    r"(?P<name>[\w$]+)\s*(?P<dims>(?:\[\d*\])*)\s*(?:=\s*(?P<init>.*))?$",
+    re.S,
+)
 
 
 def parse_variable(text: str) -> Variable | None:
@@ -280,7 +305,15 @@ def parse_variable(text: str) -> Variable | None:
     for dim in re.findall(r"\[(\d*)\]", m["dims"]):
         size *= int(dim or 0)
     initial = _parse_initial(m["init"], m["type"], size) if m["init"] else None
-    return Variable(m["space"], m["name"], size, align, m["type"], ".extern" in (text.split(m["name"])[0]), initial)
+    return Variable(
+        m["space"],
+        m["name"],
+        size,
+        align,
+        m["type"],
+        ".extern" in (text.split(m["name"])[0]),
+        initial,
+    )
 
 
 def _parse_initial(text: str, element_type: str, size: int) -> bytes:
@@ -345,7 +378,9 @@ def parse(text: str) -> PtxModule:
     for m in _HEADER.finditer(text):
         if m.start() < end:
             continue
-        outside.append(re.sub(r"\.(visible|weak|extern)\s*$", "", text[end : m.start()]))  # the function's own
+        outside.append(
+            re.sub(r"\.(visible|weak|extern)\s*$", "", text[end : m.start()])
+        )  # the function's own
         function = _header(m)
         end = m.end()
         if m[6] == "{":
@@ -362,7 +397,11 @@ def _module_variables(text: str) -> list[Variable]:
     text = re.sub(r"(?m)^\s*\.(version|target|address_size|file|loc)\b[^\n]*$", "", text)
     for statement in re.split(r";", text):
         statement = re.sub(r"\.(visible|weak)\b(?=\s*$)", "", statement).strip()
-        if not statement or statement.startswith((".pragma", ".visible", ".weak")) and "." not in statement[1:]:
+        if (
+            not statement
+            or statement.startswith((".pragma", ".visible", ".weak"))
+            and "." not in statement[1:]
+        ):
             continue
         variable = parse_variable(statement)
         if variable is None:
@@ -382,7 +421,8 @@ def _header(m: re.Match[str]) -> Function:
         return out
 
     directives = {
-        name: tuple(int(x) for x in re.findall(r"\d+", numbers)) for name, numbers in _DIRECTIVES.findall(m[5])
+        name: tuple(int(x) for x in re.findall(r"\d+", numbers))
+        for name, numbers in _DIRECTIVES.findall(m[5])
     }
     return Function(m[3], m[1] == "entry", declared(m[4]), declared(m[2]), directives)
 

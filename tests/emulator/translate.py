@@ -88,7 +88,13 @@ def translate(text: str) -> Translation:
             kernels[function.name] = _kernel(function, static)
         else:
             prototypes.append(_signature(function) + ";")
-    parts = [PRELUDE, *(_global_variable(v) for v in globals_), *prototypes, *bodies, _site_table(sites)]
+    parts = [
+        PRELUDE,
+        *(_global_variable(v) for v in globals_),
+        *prototypes,
+        *bodies,
+        _site_table(sites),
+    ]
     return Translation("\n".join(parts), kernels, sites, {v.name: v.size for v in globals_})
 
 
@@ -107,13 +113,22 @@ def _shared_of_functions(module: PtxModule) -> set[str]:
 
 
 def _words(function: Function) -> set[str]:
-    return {w for s in function.body if isinstance(s, Instruction) for w in re.findall(r"[\w$]+", s.text)}
+    return {
+        w
+        for s in function.body
+        if isinstance(s, Instruction)
+        for w in re.findall(r"[\w$]+", s.text)
+    }
 
 
-def _place_shared(function: Function, module: PtxModule, always: set[str]) -> tuple[dict[str, str], int]:
+def _place_shared(
+    function: Function, module: PtxModule, always: set[str]
+) -> tuple[dict[str, str], int]:
     words = _words(function)
     own = [s for s in function.body if isinstance(s, Variable) and s.space == "shared"]
-    outer = [v for v in module.variables if v.space == "shared" and (v.name in words or v.name in always)]
+    outer = [
+        v for v in module.variables if v.space == "shared" and (v.name in words or v.name in always)
+    ]
     offset, places, dynamic_align = 0, {}, 16
     static = [v for v in (*outer, *own) if not (v.extern or v.size == 0)]
     for v in static:
@@ -151,7 +166,9 @@ def _signature(function: Function) -> str:
     return f"static void f_{function.name}(emu::Thread& t{''.join(names)})"
 
 
-def _function(function: Function, scope: Scope, sites: list[Site], functions: dict[str, Function]) -> str:
+def _function(
+    function: Function, scope: Scope, sites: list[Site], functions: dict[str, Function]
+) -> str:
     emitter = Emitter(function, scope, sites, functions)
     offset = 0
     for p in (*function.returns, *function.params):
@@ -162,7 +179,14 @@ def _function(function: Function, scope: Scope, sites: list[Site], functions: di
         else:
             scope.variables[p.name] = f"q_{_c_name(p.name)}"
     emitter.body()
-    lines = [_signature(function) + " {", "  u8 cc = 0; (void)cc;", *emitter.declarations, *emitter.lines, "}"]
+    lines = [
+        _signature(function) + " {",
+        "  u8 cc = 0; (void)cc;",
+        *emitter.batch.declaration(),
+        *emitter.declarations,
+        *emitter.lines,
+        "}",
+    ]
     return "\n".join(lines)
 
 

@@ -19,17 +19,21 @@ s32 redux_s32(Thread& t, Redux op, s32 value, u32 mask);
 float redux_f32(Thread& t, bool maximum, bool absolute, bool nan_wins, float value, u32 mask);
 u32 active_mask(Thread& t);                         // every lane of the warp that has not exited
 
-void ldmatrix(Thread& t, u32 address, u32 matrices, bool trans, u32* out);
 void stmatrix(Thread& t, u32 address, u32 matrices, bool trans, const u32* values);
 u32 movmatrix(Thread& t, u32 value);
 
-// mma.sync with 16 rows and 8 columns; `d` holds C on entry. Every product of 16-bit or tf32 operands is exact in float; the
-// sum is formed in float in order of k, starting from C, rounding to nearest at each step. (Hardware adds groups of
-// products with truncation, so results agree with it to a few units in the last place of the largest term, not bit for bit.)
-void mma_f16(Thread& t, u32 k, const u32* a, const u32* b, float* d);
-void mma_bf16(Thread& t, u32 k, const u32* a, const u32* b, float* d);
-void mma_tf32(Thread& t, u32 k, const u32* a, const u32* b, float* d);
-void mma_f16_f16(Thread& t, u32 k, const u32* a, const u32* b, u32* d);  // sums in float, rounded to f16 at the end
+// ldmatrix and mma.sync of one batch (see mma.cpp). Numbers in a, b, c, d are indices into the thread's matrix registers.
+// Every product of 16-bit or tf32 operands is exact in float; sums are formed in float in order of k, starting from C,
+// rounding to nearest at each step (MMA_F16_F16: rounded to f16 at the end). Hardware adds groups of products with truncation,
+// so results agree with it to a few units in the last place of the largest term, not bit for bit.
+enum MatrixKind : u8 { LDMATRIX, MMA_F16, MMA_BF16, MMA_TF32, MMA_F16_F16 };
+struct MatrixOp {
+  u8 kind, count, trans, k;  // ldmatrix: number of matrices, transposed; mma: depth
+  u32 site;
+  s32 offset;                // ldmatrix: added to the address in a[0]
+  u16 d[4], a[4], b[2], c[4];
+};
+void matrix_batch(Thread& t, u32* registers, const MatrixOp* ops, u32 count);
 void mma_f64(Thread& t, u32 rows, u32 k, const double* a, const double* b, double* d);  // fused multiply-add in order of k
 }  // namespace emu
 

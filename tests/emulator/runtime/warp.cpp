@@ -211,31 +211,18 @@ struct Matrix {
   const u32* in;
 };
 // The rows are accesses of the lanes that name them, all at once.
-u8* row_of(void** lanes, u32 lane, u32 kind) {
+u8* row_of(void** lanes, u32 lane) {
   Matrix& m = *(Matrix*)lanes[lane];
   u8* p = shared_at(*m.t, m.address, 16, 16);
-  if (request->race) race_shared(*m.t, m.address, 16, kind);
-  if (kind & WRITE) mark_initialised(*m.t, m.address, 16);
-  else check_initialised(*m.t, m.address, 16);
-  if ((kind & WRITE) && m.t->block->hopper) hopper_generic_write(*m.t, m.address, 16);
+  if (request->race) race_shared(*m.t, m.address, 16, WRITE);
+  mark_initialised(*m.t, m.address, 16);
+  if (m.t->block->hopper) hopper_generic_write(*m.t, m.address, 16);
   return p;
 }
 void count_rows(void** lanes, u32 count) {
   u32 addresses[WARP];
   for (u32 i = 0; i < 8 * count; ++i) addresses[i] = ((Matrix*)lanes[i])->address;
   count_shared_phase(*((Matrix*)lanes[0])->t, addresses, 8 * count, 16);
-}
-void ldmatrix_leader(void** lanes, u32) {
-  Matrix& first = *(Matrix*)lanes[0];
-  if (counting) count_rows(lanes, first.count);
-  for (u32 k = 0; k < first.count; ++k) {
-    u16 rows[8][8];
-    for (u32 r = 0; r < 8; ++r) memcpy(rows[r], row_of(lanes, 8 * k + r, READ), 16);
-    for (u32 i = 0; i < WARP; ++i) {
-      u32 g = i >> 2, c = 2 * (i & 3);
-      ((Matrix*)lanes[i])->out[k] = first.trans ? rows[c][g] | (u32)rows[c + 1][g] << 16 : rows[g][c] | (u32)rows[g][c + 1] << 16;
-    }
-  }
 }
 void stmatrix_leader(void** lanes, u32) {
   Matrix& first = *(Matrix*)lanes[0];
@@ -247,7 +234,7 @@ void stmatrix_leader(void** lanes, u32) {
       (first.trans ? rows[c][g] : rows[g][c]) = (u16)v;
       (first.trans ? rows[c + 1][g] : rows[g][c + 1]) = (u16)(v >> 16);
     }
-    for (u32 r = 0; r < 8; ++r) memcpy(row_of(lanes, 8 * k + r, WRITE), rows[r], 16);
+    for (u32 r = 0; r < 8; ++r) memcpy(row_of(lanes, 8 * k + r), rows[r], 16);
   }
 }
 void movmatrix_leader(void** lanes, u32) {
@@ -262,10 +249,6 @@ void movmatrix_leader(void** lanes, u32) {
   }
 }
 }  // namespace
-void ldmatrix(Thread& t, u32 address, u32 matrices, bool trans, u32* out) {
-  Matrix m{&t, address, matrices, trans, out, nullptr};
-  collective(t, ~0u, "ldmatrix", &m, ldmatrix_leader);
-}
 void stmatrix(Thread& t, u32 address, u32 matrices, bool trans, const u32* values) {
   Matrix m{&t, address, matrices, trans, nullptr, values};
   collective(t, ~0u, "stmatrix", &m, stmatrix_leader);
