@@ -11,6 +11,7 @@ import ctypes
 import functools
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 # CUDA generation -> the distribution that carries its NVRTC.
@@ -37,6 +38,7 @@ def _preload(distribution: str, library: str) -> None:
     except metadata.PackageNotFoundError:
         return
     for file in files:
-        if file.name == library and file.locate().exists():
-            ctypes.CDLL(str(file.locate()))
+        path = Path(str(file.locate()))
+        if file.name == library and path.exists():
+            ctypes.CDLL(str(path))
             return

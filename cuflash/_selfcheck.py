@@ -153,10 +153,9 @@ def plain_by_head(
 ) -> dict[str, Any]:
     """The plain formula's out and gradients, in memory for one head: the error that is normal."""
     results: dict[str, list[Any]] = {name: [] for name in ("out", *"qkv")}
-    for head in zip(q, k, v, dout, strict=True):
-        *arrays, dy = head
-        out, _, weights = _plain.forward(xp, *arrays, causal)
-        grads = _plain.backward(xp, dy, *arrays, out, weights)
+    for x, keys, values, dy in zip(q, k, v, dout, strict=True):
+        out, _, weights = _plain.forward(xp, x, keys, values, causal)
+        grads = _plain.backward(xp, dy, x, keys, values, out, weights)
         for name, result in zip(results, (out, *grads), strict=True):
             results[name].append(result)
         step()

@@ -1,0 +1,123 @@
+"""What a CPU alone can measure: how long compiling takes, and what Python costs per call.
+
+The launch is replaced by nothing; checks, planning, allocation and packing of parameters are those
+of a real call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import cuflash
+from bench.timing import host_seconds
+from cuflash import _compile, _plan
+from cuflash._device import Limits, use_device
+
+
+class NullDevice:
+    """A device on which everything happens but the launch; see `cuflash._device.Device`."""
+
+    name = "no device"
+    limits = Limits(sm_count=132, shared_memory=227 * 1024, l2_bytes=50 << 20)
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+        self.xp: Any = np
+        self.key = ("null", arch)
+
+    def activate(self) -> contextlib.AbstractContextManager[Any]:
+        """Nothing to switch."""
+        return contextlib.nullcontext()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Host memory."""
+        return np.empty(shape, dtype)
+
+    def pointer(self, array: Any) -> int:
+        """Its address."""
+        return array.__array_interface__["data"][0]
+
+    def load(self, spec: _compile.Specialization) -> Callable[..., None]:
+        """A kernel that does nothing."""
+        return _launch_nothing
+
+
+def _launch_nothing(grid: int, block: int, shared_memory: int, params: bytes) -> None:
+    return None
+
+
+def call_times(arch: str) -> dict[str, dict[str, float]]:
+    """Microseconds of Python per warm call, by kind of call."""
+    q = np.zeros((2, 16, 256, 128), ml_dtypes.bfloat16)
+    out = np.empty_like(q)
+    with use_device(NullDevice(arch)):
+        result, lse = cuflash.attention(q, q, q, return_lse=True)
+        _, pullback = cuflash.attention_vjp(q, q, q, causal=True)
+        calls: dict[str, Callable[[], Any]] = {
+            "attention": lambda: cuflash.attention(q, q, q, causal=True),
+            "attention out=": lambda: cuflash.attention(q, q, q, causal=True, out=out),
+            "attention layout=LHD": lambda: cuflash.attention(q, q, q, layout="LHD"),
+            "attention_backward": lambda: cuflash.attention_backward(q, q, q, q, result, lse),
+            "pullback": lambda: pullback(q),
+        }
+        found = {}
+        for name, call in calls.items():
+            call()
+            times = host_seconds(call)
+            found[name] = {"us": times.median * 1e6, "fastest_us": times.seconds[0] * 1e6}
+    return found
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[None]:
+    """A cache directory of its own, and nothing remembered in memory."""
+    before = os.environ.get("CUFLASH_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["CUFLASH_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["CUFLASH_CACHE_DIR"]
+            else:
+                os.environ["CUFLASH_CACHE_DIR"] = before
+
+
+def compile_times(arch: str, head_dims: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Seconds of wall time to build a kernel: cold (wall and CPU), from the
+    disk cache."""
+    specs = [
+        spec
+        for spec in _plan.all_specializations(arch)
+        if spec.element == "f16"
+        and spec.head_dim in head_dims
+        and spec.head_dim == spec.head_dim_v
+        and spec.kernel in ("forward", "backward_dkdv", "backward_dq")
+    ]
+    _compile.digest()
+    found = []
+    with empty_cache():
+        for spec in specs:
+            _compile._built.clear()
+            cpu = time.process_time()
+            cold = _wall(spec)
+            cpu = time.process_time() - cpu
+            _compile._built.clear()
+            disk = _wall(spec)
+            found.append({"kernel": spec.name, "cold_s": cold, "cold_cpu_s": cpu, "disk_s": disk})
+    _compile._built.clear()
+    return found
+
+
+def _wall(spec: _compile.Specialization) -> float:
+    start = time.perf_counter()
+    _compile.build(spec)
+    return time.perf_counter() - start
