@@ -2,7 +2,8 @@
 
 Where NVRTC wheels of two generations are installed (PyTorch brings one, `cuda12` another), CuPy
 loads the newer. A driver that serves CuPy's generation may refuse cubins of the newer one, so the
-matching library is loaded first; CuPy then finds it in the process and takes it.
+matching library is loaded first; CuPy then finds it in the process and takes it. (When something
+else has loaded the newer one already, the driver evidently serves it, and CuPy takes that.)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def binding() -> Any:
         _preload(_WHEELS[generation], f"libnvrtc.so.{generation}")
     from cupy.cuda import nvrtc
 
+    nvrtc.getVersion()  # CuPy chooses at its first call; from here on the choice is made
     return nvrtc
 
 

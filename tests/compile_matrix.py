@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cuflash import _compile, _launch_merge, _plan
+from cuflash import _compile, _launch_merge, _nvrtc, _plan
 from cuflash._compile import Specialization
 from tests.emulator.nvrtc import Nvrtc
 
@@ -93,6 +93,7 @@ def generation_of(spec: Specialization) -> int:
 @functools.cache
 def nvrtc(generation: int) -> Nvrtc:
     """The compiler of a CUDA generation."""
+    _nvrtc.binding()  # lets CuPy choose before both generations are in this process
     return Nvrtc(generation)
 
 
