@@ -1,5 +1,4 @@
-"""Small broken kernels, one per rule of mbarriers, bulk copies, wgmma and setmaxnreg, and the
-limits of tensor maps.
+"""Small broken kernels, one per rule of mbarriers, bulk copies, wgmma, setmaxnreg and clusters.
 
 `test_emulator_catches_hopper.py` plants bugs in a whole kernel; here each rule stands alone, and
 all kernels are one module.
@@ -7,7 +6,6 @@ all kernels are one module.
 
 from __future__ import annotations
 
-import re
 from functools import cache
 
 import numpy as np
@@ -25,7 +23,6 @@ from tests.emulator.errors import (
 )
 from tests.emulator.module import Module
 from tests.emulator.nvrtc import Nvrtc
-from tests.emulator.tensormap import tensor_map
 from tests.instructions.bulk import FORMS as BULK_FORMS
 from tests.instructions.form import PRELUDE, Form, unit_source
 from tests.instructions.launch import OPTIONS, EmulatorRunner
@@ -332,37 +329,3 @@ def test_rule_of_clusters(name: str) -> None:
     out = m.memory.empty(32, np.uint32)
     with pytest.raises(error, match=words):
         m.launch(name, 2, 32, 1040, [out, out], cluster=2)
-
-
-# ---- tensor maps
-GOOD = {
-    "pointer": 256,
-    "kind": "float16",
-    "dims": (64, 10),
-    "strides": (128,),
-    "box": (64, 8),
-    "swizzle": 128,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"pointer": 264}, "not a multiple of 16"),
-        ({"kind": "float8"}, "element type 'float8'"),
-        ({"dims": (64,) * 6, "strides": (128,) * 5, "box": (1,) * 6}, "rank 1 to 5, not 6"),
-        ({"strides": (128, 256)}, "needs 1 strides, not 2"),
-        ({"strides": (136,)}, "strides[0] = 136"),
-        ({"dims": (0, 10)}, "dims[0] = 0"),
-        ({"box": (64, 257)}, "box[1] = 257"),
-        ({"box": (64,)}, "box has 1 extents for rank 2"),
-        ({"box": (4, 8), "swizzle": 0}, "box row of 8 bytes"),
-        ({"box": (128, 8)}, "wider than the swizzle span of 128"),
-        ({"swizzle": 16}, "swizzle 16 is none of"),
-        ({"kind": "int32", "swizzle": 0, "fill_nan": True}, "NaN fill"),
-    ],
-)
-def test_tensor_map_limits(change: dict[str, object], words: str) -> None:
-    tensor_map(**GOOD)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        tensor_map(**{**GOOD, **change})

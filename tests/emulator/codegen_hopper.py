@@ -3,10 +3,9 @@ says what they do)."""
 
 from __future__ import annotations
 
-import re
-
 from .codegen import SPECIAL, Emitter, Modifiers, emits
-from .ptx import Address, Instruction, Name, Number, Operand, Pair, Vector
+from .codegen_wgmma import begin
+from .ptx import Address, Instruction, Name, Operand, Vector
 
 _CLUSTER = "(emu::launch.cluster.x * emu::launch.cluster.y * emu::launch.cluster.z)"
 SPECIAL.update(
@@ -32,20 +31,11 @@ REDUCED = {
 SHARED = ("shared", "shared::cta", "shared::cluster")
 
 
-def _begin(e: Emitter) -> None:
-    """Set the site, and let the kernel begin by creating the block's state: stores before its first
-    use count, too."""
-    begin = "  emu::hopper_begin(t);"
-    if begin not in e.declarations:
-        e.declarations.append(begin)
-    e.site()
-
-
 # ---- fences and clusters
 @emits("fence.mbarrier_init")
 def fence_mbarrier_init(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("release", "cluster")
-    _begin(e)
+    begin(e)
     e.line("emu::fence_mbarrier_init(t);")
 
 
@@ -53,7 +43,7 @@ def fence_mbarrier_init(e: Emitter, i: Instruction, m: Modifiers) -> None:
 def fence_proxy_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
     only_global = m.flag("global")
     m.flag(*SHARED)
-    _begin(e)
+    begin(e)
     e.line(f"emu::fence_proxy_async(t, {'false' if only_global else 'true'});")
 
 
@@ -76,7 +66,7 @@ def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
     relaxed = m.flag("relaxed")
     m.flag("release")
     what = m.one_of("arrive", "wait")
-    _begin(e)
+    begin(e)
     if what == "wait":
         e.line("emu::cluster_wait(t);")
     else:
@@ -88,7 +78,7 @@ def barrier_cluster(e: Emitter, i: Instruction, m: Modifiers) -> None:
 def mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """mbarrier.{init, inval, arrive, arrive_drop, expect_tx, complete_tx, test_wait, try_wait,
     pending_count}."""
-    _begin(e)
+    begin(e)
     m.flag("b64", *SHARED)
     m.flag("release", "acquire", "relaxed", "cta", "cluster")
     what = m.one_of("init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait",
@@ -141,7 +131,7 @@ def _wait(e: Emitter, ops: tuple[Operand, ...], m: Modifiers, *, may_block: bool
 def cp_async_mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
     m.flag("b64", *SHARED)
     noinc = "true" if m.flag("noinc") else "false"
-    _begin(e)
+    begin(e)
     e.line(f"emu::cp_async_arrive(t, {_at(e, i.operands[0])}, {noinc});")
 
 
@@ -149,7 +139,7 @@ def cp_async_mbarrier(e: Emitter, i: Instruction, m: Modifiers) -> None:
 def bulk(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """Bulk copies and reductions, plain and by tensor map, with their groups."""
     ops = i.operands
-    _begin(e)
+    begin(e)
     if m.flag("commit_group"):
         e.line("emu::bulk_commit(t);")
         return
@@ -245,114 +235,7 @@ def _map(e: Emitter, operand: Operand, rank: int) -> tuple[str, str]:
     return address, ", ".join(e.read(c, "s32") for c in coordinates)
 
 
-# ---- wgmma
-@emits("wgmma")
-def wgmma(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """wgmma.{fence, commit_group, wait_group, mma_async}."""
-    _begin(e)
-    what = m.one_of("fence", "commit_group", "wait_group", "mma_async")
-    m.flag("sync", "aligned")
-    if what == "fence":
-        e.line("emu::wgmma_fence(t);")
-    elif what == "commit_group":
-        e.line("emu::wgmma_commit(t);")
-    elif what == "wait_group":
-        e.line(f"emu::wgmma_wait(t, {e.read(i.operands[0], 'u32')});")
-    else:
-        _mma_async(e, i, m)
-
-
-WGMMA_TYPES = {
-    ("f32", "f16", "f16"): "WG_F16",
-    ("f16", "f16", "f16"): "WG_F16",
-    ("f32", "bf16", "bf16"): "WG_BF16",
-    ("f32", "tf32", "tf32"): "WG_TF32",
-}
-
-
-def _mma_async(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    shape = re.fullmatch(r"m64n(\d+)k(\d+)", m.match(r"m64n\d+k\d+"))
-    assert shape is not None
-    n = int(shape[1])
-    types = tuple(m.left)
-    if types not in WGMMA_TYPES:
-        raise e.fail(f"types {'.'.join(types)} are not known")
-    m.left.clear()
-    half_d, tf32 = types[0] == "f16", types[1] == "tf32"
-    if n % 8 or not 8 <= n <= 256 or int(shape[2]) != (8 if tf32 else 16):
-        raise e.fail("no such shape")
-    d, a, b, scale_d, *immediates = i.operands
-    registers = e.vector(d)
-    if len(registers) != (n // 4 if half_d else n // 2):
-        raise e.fail(f"{len(registers)} accumulator registers for n = {n}")
-    flags = [_immediate(e, x) for x in immediates]
-    from_registers = isinstance(a, Vector)
-    transposes = 0 if tf32 else (1 if from_registers else 2)
-    if len(flags) != 2 + transposes:
-        raise e.fail(f"{len(flags)} immediates after scale-d")
-    trans_a = flags[2] if transposes == 2 else 0
-    trans_b = flags[-1] if transposes else 0
-    e.line("emu::Wgmma w;")
-    for r, register in enumerate(registers):
-        e.line(f"w.d[{r}] = &{_register(e, register)};")
-    if from_registers:
-        for r, register in enumerate(e.vector(a)):
-            e.line(f"w.ar[{r}] = (u32*)&{_register(e, register)};")
-    fields = {
-        "n": f"{n}u",
-        "type": f"emu::{WGMMA_TYPES[types]}",
-        "half_d": str(half_d).lower(),
-        "a_registers": str(from_registers).lower(),
-        "accumulate": e.read(scale_d, "pred"),
-        "negate_a": "true" if flags[0] == -1 else "false",
-        "negate_b": "true" if flags[1] == -1 else "false",
-        "transpose_a": "true" if trans_a else "false",
-        "transpose_b": "true" if trans_b else "false",
-        "a": "0" if from_registers else e.read(a, "b64"),
-        "b": e.read(b, "b64"),
-    }
-    for name, value in fields.items():
-        e.line(f"w.{name} = {value};")
-    e.line("emu::wgmma_issue(t, w);")
-
-
-def _register(e: Emitter, operand: Operand) -> str:
-    """C variable of a register: wgmma keeps its address."""
-    found = e._register(operand.text) if isinstance(operand, Name) else None
-    if found is None:
-        raise e.fail(f"{operand} must be a register")
-    return found[0]
-
-
-def _immediate(e: Emitter, operand: Operand) -> int:
-    if not isinstance(operand, Number) or operand.value not in (-1, 0, 1):
-        raise e.fail(f"{operand} must be an immediate -1, 0 or 1")
-    return operand.value
-
-
-# ---- single ones
-@emits("setmaxnreg")
-def setmaxnreg(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """setmaxnreg.{inc, dec}.sync.aligned.u32."""
-    _begin(e)
-    m.flag("sync", "aligned", "u32")
-    increase = "true" if m.one_of("inc", "dec") == "inc" else "false"
-    e.line(f"emu::setmaxnreg(t, {e.read(i.operands[0], 'u32')}, {increase});")
-
-
-@emits("elect")
-def elect(e: Emitter, i: Instruction, m: Modifiers) -> None:
-    """elect.sync d|p, mask."""
-    _begin(e)
-    m.flag("sync")
-    pair = i.operands[0]
-    if not isinstance(pair, Pair):
-        raise e.fail("expected a register and a predicate")
-    e.line(f"u32 leader = emu::elect(t, {e.read(i.operands[1], 'u32')});")
-    e.write(pair.first, "u32", "leader")
-    e.write(pair.second, "pred", "leader == t.lane")
-
-
+# ---- launches and clusters
 @emits("griddepcontrol")
 def griddepcontrol(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """Launches run one after the other, so nothing is left to wait for."""
@@ -363,7 +246,7 @@ def griddepcontrol(e: Emitter, i: Instruction, m: Modifiers) -> None:
 @emits("mapa")
 def mapa(e: Emitter, i: Instruction, m: Modifiers) -> None:
     """mapa{.shared::cluster} d, address, rank: the same place in another block of the cluster."""
-    _begin(e)
+    begin(e)
     shared = m.flag(*SHARED)
     kind = m.type()
     address = f"(u32){e.read(i.operands[1], kind)}"
