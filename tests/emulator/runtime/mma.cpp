@@ -22,36 +22,32 @@ struct Lane {
 };
 typedef float Row __attribute__((vector_size(32)));  // one row of 8 columns
 
-void to_floats(MatrixKind kind, const u32* words, u32 count, float* out) {
+void widen(MatrixKind kind, const u16* from, float* to, u32 count) {  // count: a multiple of 8
 #if defined(__F16C__)
-    if (kind == MMA_F16 || kind == MMA_F16_F16) {
-        alignas(16) u32 padded[4] = {};
-        for (u32 i = 0; i < count; ++i) padded[i] = words[i];
-        _mm256_storeu_ps(out, _mm256_cvtph_ps(_mm_load_si128((const __m128i*)padded)));
+    if (kind != MMA_BF16) {
+        for (u32 i = 0; i < count; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
         return;
     }
 #endif
-    for (u32 i = 0; i < 2 * count; ++i) {
-        u16 h = (u16)(words[i / 2] >> (16 * (i & 1)));
-        out[i] = kind == MMA_BF16 ? from_bf16(h) : from_f16(h);
-    }
+    for (u32 i = 0; i < count; ++i) to[i] = kind == MMA_BF16 ? from_bf16(from[i]) : from_f16(from[i]);
 }
 void gather_16bit(const MatrixOp& op, void** lanes, float (*A)[16], float (*B)[8]) {
+    alignas(32) u16 a[16][16], b[16][8];  // bits first: whole rows are then converted at once
     u32 halves = op.k / 8;
     for (u32 i = 0; i < WARP; ++i) {
         const u32* registers = ((Lane*)lanes[i])->registers;
-        u32 a[4], b[2], g = i >> 2, t = 2 * (i & 3);
-        float x[8], y[8];
-        for (u32 r = 0; r < 2 * halves; ++r) a[r] = registers[op.a[r]];
-        for (u32 r = 0; r < halves; ++r) b[r] = registers[op.b[r]];
-        to_floats((MatrixKind)op.kind, a, 2 * halves, x);
-        to_floats((MatrixKind)op.kind, b, halves, y);
+        u32 g = i >> 2, t = 2 * (i & 3);
         for (u32 h = 0; h < halves; ++h) {
-            memcpy(&A[g][8 * h + t], x + 4 * h, 8);
-            memcpy(&A[g + 8][8 * h + t], x + 4 * h + 2, 8);
-            B[8 * h + t][g] = y[2 * h], B[8 * h + t + 1][g] = y[2 * h + 1];
+            u32 low = registers[op.a[2 * h]], high = registers[op.a[2 * h + 1]];
+            memcpy(&a[g][8 * h + t], &low, 4);
+            memcpy(&a[g + 8][8 * h + t], &high, 4);
+            u32 column = registers[op.b[h]];
+            b[8 * h + t][g] = (u16)column, b[8 * h + t + 1][g] = (u16)(column >> 16);
         }
     }
+    for (u32 r = 0; r < 16; ++r) widen((MatrixKind)op.kind, a[r], A[r], op.k);
+    for (u32 k = 0; k < op.k; ++k) widen((MatrixKind)op.kind, b[k], B[k], 8);
 }
 void gather_tf32(const MatrixOp& op, void** lanes, float (*A)[16], float (*B)[8]) {
     for (u32 i = 0; i < WARP; ++i) {
