@@ -1,5 +1,6 @@
-// Number formats: one struct of traits per 16-bit format. A kernel is generic over `Config::Element`; data move as u16 and
-// u32 (two elements, the lower index in the lower half), and only these structs know what the bits mean.
+// Number formats: one struct of traits per 16-bit format. A kernel is generic over
+// `Config::Element`; data move as u16 and u32 (two elements, the lower index in the lower half),
+// and only these structs know what the bits mean.
 #pragma once
 
 #include "ptx.cuh"
@@ -33,21 +34,18 @@ struct bf16 {
 };
 #endif
 
-template <class Element>
-DEV bool is_finite(u16 bits) {
+template <class Element> DEV bool is_finite(u16 bits) {
     return (bits & Element::EXPONENT) != Element::EXPONENT;
 }
 
 // The pair without its infinities and NaNs: those halves become 0.
-template <class Element>
-DEV u32 finite_or_zero(u32 pair) {
+template <class Element> DEV u32 finite_or_zero(u32 pair) {
     const u32 low = is_finite<Element>((u16)pair) ? pair & 0xffffu : 0u;
     const u32 high = is_finite<Element>((u16)(pair >> 16)) ? pair & 0xffff0000u : 0u;
     return low | high;
 }
 
 // Two elements of one register as floats.
-template <class Element>
-DEV float2 unpack(u32 pair) {
+template <class Element> DEV float2 unpack(u32 pair) {
     return make_float2(Element::to_float((u16)pair), Element::to_float((u16)(pair >> 16)));
 }

@@ -1,36 +1,44 @@
-// Keeping an infinity or NaN with the pairs that see it. Masked pairs have probability 0, but 0 * NaN = NaN: without care one bad value
-// in a key would reach rows that must not see that key. Only tiles cut by the mask can have such pairs.
+// Keeping an infinity or NaN with the pairs that see it. Masked pairs have probability 0, but 0 *
+// NaN = NaN: without care one bad value in a key would reach rows that must not see that key. Only
+// tiles cut by the mask can have such pairs.
 #pragma once
 
 #include "masks.cuh"
 #include "tile.cuh"
 
-// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; all threads of the block. True (for every thread)
-// if there were any. The tile is ready for use after it: the vote is a barrier.
+// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; all threads of
+// the block. True (for every thread) if there were any. The tile is ready for use after it: the
+// vote is a barrier.
 template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
 DEV bool remove_non_finite(u32 smem, int first_row = 0) {
     bool found = false;
 #pragma unroll 1
     for (unsigned i = fresh_thread_id(); i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
-        const u32 at = smem + Tile::offset(first_row + i / (Tile::COLUMNS / 8), i % (Tile::COLUMNS / 8) * 8);
+        const u32 at =
+            smem + Tile::offset(first_row + i / (Tile::COLUMNS / 8), i % (Tile::COLUMNS / 8) * 8);
         const uint4 chunk = ld_shared_v4(at);
-        const uint4 clean = make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),
-                                       finite_or_zero<Element>(chunk.z), finite_or_zero<Element>(chunk.w));
-        if (clean.x == chunk.x && clean.y == chunk.y && clean.z == chunk.z && clean.w == chunk.w) continue;
+        const uint4 clean =
+            make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),
+                       finite_or_zero<Element>(chunk.z), finite_or_zero<Element>(chunk.w));
+        if (clean.x == chunk.x && clean.y == chunk.y && clean.z == chunk.z && clean.w == chunk.w)
+            continue;
         st_shared_v4(at, clean);
         found = true;
     }
     return __syncthreads_or(found);
 }
 
-// Adds what remove_non_finite took out to the pairs that see it: acc[row, column] += source[key, column] for every visible (row, key)
-// and every infinite or NaN source element. No probability is needed: NaN stays NaN and infinity times anything positive infinity.
+// Adds what remove_non_finite took out to the pairs that see it: acc[row, column] += source[key,
+// column] for every visible (row, key) and every infinite or NaN source element. No probability is
+// needed: NaN stays NaN and infinity times anything positive infinity.
 //   source      the tile's rows in global memory, `keys` among them
 //   first_row   of this warp's accumulator
 //   keep        (row, key) -> bool
 template <class Element, int M16, int N8, class Keep>
-DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys, int first_row, Keep keep) {
-    constexpr int TOGETHER = 4;  // column blocks per walk: all at once would need a register per load in flight
+DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys,
+                        int first_row, Keep keep) {
+    constexpr int TOGETHER =
+        4;  // column blocks per walk: all at once would need a register per load in flight
     const int lane = fresh_thread_id() % 32;
 #pragma unroll
     for (int first = 0; first < N8; first += TOGETHER)
@@ -56,5 +64,26 @@ DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Ran
                         for (int half = 0; half < 2; ++half)
                             acc.x[m][n][2 * half + e] += sees[m][half] ? removed : 0.f;
                 }
+        }
+}
+
+// The same on a finished tile of 16-bit output in shared memory, rows [row, row + ROWS) of it by
+// one warp: compact, because nothing in it is indexed by a register.
+template <class Element, class Tile, int ROWS, class Mask>
+DEV void add_non_finite(u32 smem, int row, const GlobalRows& source, Range keys, int first_row,
+                        const Mask& mask) {
+#pragma unroll 1
+    for (int key = keys.begin; key < min(keys.end, source.rows); ++key)
+#pragma unroll 1
+        for (int column = fresh_thread_id() % 32; column < source.columns; column += 32) {
+            const u16 bits = ld_global_u16(source.base + key * source.stride + column);
+            if (is_finite<Element>(bits)) continue;
+#pragma unroll 1
+            for (int r = row; r < row + ROWS; ++r) {
+                if (!mask.keep(first_row + r, key)) continue;
+                const u32 at = smem + Tile::offset(r, column / 8 * 8) + column % 8 * 2;
+                const float sum = Element::to_float(ld_shared_u16(at)) + Element::to_float(bits);
+                st_shared_u16(at, Element::from_float(sum));
+            }
         }
 }

@@ -1,5 +1,5 @@
-// Which keys may a row see? A mask is a small struct chosen by Config; its bounds are run-time values, so no length or window ever
-// causes a compilation.
+// Which keys may a row see? A mask is a small struct chosen by Config; its bounds are run-time
+// values, so no length or window ever causes a compilation.
 #pragma once
 
 #include "ptx.cuh"
@@ -14,15 +14,20 @@ namespace mask {
 
 // Mask concept, by example. A new mask copies this form:
 //   Mask(shape)             from the call's Shape
-//   keys(rows)              range that holds every key seen by at least one of these rows, within [0, len_k)
-//   rows(keys)              range that holds every row seeing at least one of these keys, within [0, len_q)
-//   cuts(rows, keys)        may some pair of this tile be invisible? Tiles that are not cut skip `keep`
-//   isolates(rows, keys)    may an invisible pair of this tile name a row and key that exist? (then 0 * NaN must not leak; rows
-//                           and keys past the end are zero filled and cannot)
+//   keys(rows)              range that holds every key seen by at least one of these rows, within
+//                           [0, len_k)
+//   rows(keys)              range that holds every row seeing at least one of these keys, within
+//                           [0, len_q)
+//   cuts(rows, keys)        may some pair of this tile be invisible? Tiles that are not cut skip
+//                           `keep`
+//   isolates(rows, keys)    may an invisible pair of this tile name a row and key that exist? (then
+//                           0 * NaN must not leak; rows and keys past the end are zero filled and
+//                           cannot)
 //   keep(row, key)          the predicate
 // rows and keys are the tile's full ranges; they may reach past len_q and len_k.
 
-// Row i sees keys max(0, i + low) .. min(len_k - 1, i + high): full attention, causal, windows and ragged tails in one.
+// Row i sees keys max(0, i + low) .. min(len_k - 1, i + high): full attention, causal, windows and
+// ragged tails in one.
 struct Band {
     int low, high, len_q, len_k;
 
@@ -41,7 +46,9 @@ struct Band {
         const int last_row = min(rows.end, len_q) - 1, last_key = min(keys.end, len_k) - 1;
         return keys.begin < last_row + low || last_key > rows.begin + high;
     }
-    DEV_METHOD bool cuts(Range rows, Range keys) const { return keys.end > len_k || isolates(rows, keys); }
+    DEV_METHOD bool cuts(Range rows, Range keys) const {
+        return keys.end > len_k || isolates(rows, keys);
+    }
 
     DEV_METHOD bool keep(int row, int key) const {
         return key >= row + low && key <= min(row + high, len_k - 1);

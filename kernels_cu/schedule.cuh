@@ -1,5 +1,6 @@
-// Which piece of work is this block? Blocks start roughly in the order of their ids, so ids are laid out to have the longest tiles
-// first (short ones fill the end of the last wave) and heads whose K and V fit the L2 cache together.
+// Which piece of work is this block? Blocks start roughly in the order of their ids, so ids are
+// laid out to have the longest tiles first (short ones fill the end of the last wave) and heads
+// whose K and V fit the L2 cache together.
 #pragma once
 
 #include "tile.cuh"
@@ -7,18 +8,20 @@
 // One tile of one head.
 struct Work {
     int tile;
-    int batch, head;  // batch: flat index over the batch axes; head: of the kind the schedule counts (query or key heads)
+    int batch, head;  // batch: flat over the batch axes; head: query or key head, as scheduled
     int batch_index[MAX_BATCH_AXES];
 };
 
-// Section after section of `heads_per_section` heads; inside one, tile-major with the longest tile first. `heads` per batch entry.
-// A second call computes anew: cheaper than keeping its results in registers across a main loop.
+// Section after section of `heads_per_section` heads; inside one, tile-major with the longest tile
+// first. `heads` per batch entry. A second call computes anew: cheaper than keeping its results in
+// registers across a main loop.
 DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
     const unsigned block = fresh_block_id(), tiles = schedule.tiles;
-    const unsigned section_heads = schedule.heads_per_section, total = (unsigned)shape.batch * heads;
+    const unsigned section_heads = schedule.heads_per_section;
+    const unsigned total = (unsigned)shape.batch * heads;
     const unsigned section = block / (section_heads * tiles);
     const unsigned first_head = section * section_heads, inside = block - first_head * tiles;
-    const unsigned here = min(section_heads, total - first_head);  // the last section may be smaller
+    const unsigned here = min(section_heads, total - first_head);  // the last may be smaller
     const int tile = inside / here, head = first_head + inside % here;
 
     Work work;
@@ -38,13 +41,14 @@ DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
 DEV i64 head_offset(const Work& work, const Strides& strides, int head) {
     i64 offset = head * strides.head;
 #pragma unroll
-    for (int axis = 0; axis < MAX_BATCH_AXES; ++axis) offset += work.batch_index[axis] * strides.batch[axis];
+    for (int axis = 0; axis < MAX_BATCH_AXES; ++axis)
+        offset += work.batch_index[axis] * strides.batch[axis];
     return offset;
 }
 
 // [rows, columns] of one head of a 16-bit array; `vector`: its rows start on 16-byte boundaries.
-DEV GlobalRows head_rows(const void* array, const Strides& strides, const Work& work, int head, int rows, int columns,
-                         bool vector) {
+DEV GlobalRows head_rows(const void* array, const Strides& strides, const Work& work, int head,
+                         int rows, int columns, bool vector) {
     u16* base = (u16*)array + head_offset(work, strides, head);
     return {base, strides.row, rows, columns, vector && columns % 8 == 0};
 }

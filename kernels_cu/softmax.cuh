@@ -1,33 +1,38 @@
-// Online softmax of a warp's rows: scores come in tile by tile, probabilities relative to a running reference go out.
+// Online softmax of a warp's rows: scores come in tile by tile, probabilities relative to a running
+// reference go out.
 #pragma once
 
 #include "tile.cuh"
 
 // Statistics of 16*M16 rows; a lane holds rows lane/4 and lane/4 + 8 of each 16.
 //
-// Probabilities are exp2(s*c - reference*c), not yet divided by their sum. The reference is a recent maximum, not always the newest:
-// as long as the maximum has grown by at most HEADROOM in log2 units, keeping the old one is exact too (P stays below 2^HEADROOM,
-// with the same relative precision) and saves the rescaling of the output, which otherwise costs as much as the exponentials.
-template <int M16>
-struct OnlineSoftmax {
+// Probabilities are exp2(s*c - reference*c), not yet divided by their sum. The reference is a
+// recent maximum, not always the newest: as long as the maximum has grown by at most HEADROOM in
+// log2 units, keeping the old one is exact too (P stays below 2^HEADROOM, with the same relative
+// precision) and saves the rescaling of the output, which otherwise costs as much as the
+// exponentials.
+template <int M16> struct OnlineSoftmax {
     static constexpr float HEADROOM = 8.f;  // 2^8 is far below 65504, the largest float16
     static constexpr float LOWEST = -3.4028234e38f;
-    // Beyond this, rounding reference*c apart from s*c moves exp2 of the maximum visibly off 1 (and off any scale for logits near
-    // 2^37), so the reference is subtracted before the multiplication.
+    // Beyond this, rounding reference*c apart from s*c moves exp2 of the maximum visibly off 1 (and
+    // off any scale for logits near 2^37), so the reference is subtracted before the
+    // multiplication.
     static constexpr float HUGE_LOGIT = 1024.f;
 
-    float c;                   // log2 units per score unit, > 0
-    float reference[M16][2];   // score units
-    float sum[M16][2];         // of this lane's columns only, until finish
+    float c;                  // log2 units per score unit, > 0
+    float reference[M16][2];  // score units
+    float sum[M16][2];        // of this lane's columns only, until finish
 
     DEV_METHOD explicit OnlineSoftmax(float log2_per_score) : c(log2_per_score) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) reference[m][half] = neg_infinity(), sum[m][half] = 0.f;
+            for (int half = 0; half < 2; ++half)
+                reference[m][half] = neg_infinity(), sum[m][half] = 0.f;
     }
 
-    // Finite even when every score so far is -inf: there is no (-inf) - (-inf), and exp2(-inf - LOWEST) = 0.
+    // Finite even when every score so far is -inf: there is no (-inf) - (-inf), and exp2(-inf -
+    // LOWEST) = 0.
     DEV_METHOD float in_log2(float score) const { return fmaxf(score * c, LOWEST); }
 
     // s: scores in, probabilities out. o: scaled to the reference they are relative to.
@@ -63,7 +68,8 @@ struct OnlineSoftmax {
                 }
     }
 
-    // Completes the sums. inverse: factor of the output rows (0 for a row that saw no key); lse: natural log.
+    // Completes the sums. inverse: factor of the output rows (0 for a row that saw no key); lse:
+    // natural log.
     DEV_METHOD void finish(float (&inverse)[M16][2], float (&lse)[M16][2]) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
@@ -75,24 +81,24 @@ struct OnlineSoftmax {
                 // The comparison is false for NaN, which thus reaches the output and lse.
                 inverse[m][half] = total == 0.f ? 0.f : 1.f / total;
                 lse[m][half] = total == 0.f ? neg_infinity()
-                                            : (in_log2(reference[m][half]) + lg2_approx(total)) * 0.6931471805599453f;
+                                            : (in_log2(reference[m][half]) + lg2_approx(total)) *
+                                                  0.6931471805599453f;
             }
     }
 
   private:
     DEV bool is_huge(float offset) { return fabsf(offset) > HUGE_LOGIT && offset != LOWEST; }
 
-    template <int N8>
-    DEV float row_maximum(const float (&x)[N8][4], int half) {
+    template <int N8> DEV float row_maximum(const float (&x)[N8][4], int half) {
         float highest = neg_infinity();
 #pragma unroll
-        for (int n = 0; n < N8; ++n) highest = fmaxf(highest, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+        for (int n = 0; n < N8; ++n)
+            highest = fmaxf(highest, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
         highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));  // the 4 lanes of a row
         return fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
     }
 
-    template <int O8>
-    DEV void rescale(Accumulator<M16, O8>& o, const float (&growth)[M16][2]) {
+    template <int O8> DEV void rescale(Accumulator<M16, O8>& o, const float (&growth)[M16][2]) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -111,7 +117,8 @@ struct OnlineSoftmax {
                 const float first = here ? reference[m][half] : 0.f;
                 offset[m][half] = here ? 0.f : offset[m][half];
 #pragma unroll
-                for (int n = 0; n < N8; ++n) s.x[m][n][2 * half] -= first, s.x[m][n][2 * half + 1] -= first;
+                for (int n = 0; n < N8; ++n)
+                    s.x[m][n][2 * half] -= first, s.x[m][n][2 * half + 1] -= first;
             }
     }
 };

@@ -1,18 +1,21 @@
-// Tiles of 16-bit elements in shared memory: where an element lies, how global rows get there, how fragments come out.
+// Tiles of 16-bit elements in shared memory: where an element lies, how global rows get there, how
+// fragments come out.
 #pragma once
 
 #include "element.cuh"
 
-// A [ROWS, COLUMNS] tile kept as slabs of 64 columns (128-byte rows), or 32 where COLUMNS is no multiple of 64. Inside a slab the
-// 16-byte chunks of a row are permuted by XOR with the row number, so that 8 rows at one column (ldmatrix) and 8 chunks of one
-// row (copies) both touch all 32 banks once. Tile addresses are multiples of 128.
-template <int ROWS_, int COLUMNS_>
-struct SharedTile {
-    static_assert(ROWS_ % 8 == 0 && COLUMNS_ % 32 == 0, "the swizzle repeats every 8 rows; slabs have 32 or 64 columns");
+// A [ROWS, COLUMNS] tile kept as slabs of 64 columns (128-byte rows), or 32 where COLUMNS is no
+// multiple of 64. Inside a slab the 16-byte chunks of a row are permuted by XOR with the row
+// number, so that 8 rows at one column (ldmatrix) and 8 chunks of one row (copies) both touch all
+// 32 banks once. Tile addresses are multiples of 128.
+template <int ROWS_, int COLUMNS_> struct SharedTile {
+    static_assert(ROWS_ % 8 == 0 && COLUMNS_ % 32 == 0,
+                  "the swizzle repeats every 8 rows; slabs have 32 or 64 columns");
     static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_;
     static constexpr int SLAB = COLUMNS % 64 == 0 ? 64 : 32, SLABS = COLUMNS / SLAB;
     static constexpr int CHUNKS = SLAB / 8;  // 16-byte chunks in a row of a slab
-    static constexpr int ROW_BYTES = SLAB * 2, SLAB_BYTES = ROWS * ROW_BYTES, BYTES = SLABS * SLAB_BYTES;
+    static constexpr int ROW_BYTES = SLAB * 2, SLAB_BYTES = ROWS * ROW_BYTES,
+                         BYTES = SLABS * SLAB_BYTES;
 
     // Byte offset of the chunk that begins at (row, column); column is a multiple of 8.
     DEV u32 offset(int row, int column) {
@@ -20,46 +23,43 @@ struct SharedTile {
         const int place = SLAB == 64 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
         return column / SLAB * SLAB_BYTES + row * ROW_BYTES + place * 16;
     }
-    // Moves an address by (row, column), multiples of 8 and 16. With constants this is one XOR (or none) and an immediate.
+    // Moves an address by (row, column), multiples of 8 and 16. With constants this is one XOR (or
+    // none) and an immediate.
     DEV u32 moved(u32 address, int row, int column) {
         return (address ^ (column % SLAB * 2)) + column / SLAB * SLAB_BYTES + row * ROW_BYTES;
     }
 };
 
-// ---- fragments: every load_* reads the 16x16 block at (row, column) of the tile as stored ---------------------------
-// A lane address is computed once per tile and warp; the loads move it. One lane address serves two kinds of load:
+// ---- fragments: every load_* reads the 16x16 block at (row, column) of the tile as stored -------
+// A lane address is computed once per tile and warp; the loads move it. One lane address serves two
+// kinds of load:
 //   lane_major: load_a  (stored [m][k])  and  load_b_trans  (stored [k][n])
 //   lane_minor: load_b  (stored [n][k])  and  load_a_trans  (stored [k][m])
-// A comes out as the 4 registers of mma; B as two n8 operands: b[0], b[1] for columns 0-7, b[2], b[3] for 8-15.
+// A comes out as the 4 registers of mma; B as two n8 operands: b[0], b[1] for columns 0-7, b[2],
+// b[3] for 8-15.
 
-template <class Tile>
-DEV u32 lane_major(u32 smem) {
+template <class Tile> DEV u32 lane_major(u32 smem) {
     return smem + Tile::offset(lane_id() & 15, lane_id() >> 4 << 3);
 }
-template <class Tile>
-DEV u32 lane_minor(u32 smem) {
+template <class Tile> DEV u32 lane_minor(u32 smem) {
     return smem + Tile::offset((lane_id() & 7) + (lane_id() >> 4 << 3), lane_id() & 8);
 }
-template <class Tile>
-DEV void load_a(u32 (&a)[4], u32 lane_major, int row, int column) {
+template <class Tile> DEV void load_a(u32 (&a)[4], u32 lane_major, int row, int column) {
     ldmatrix_x4(a, Tile::moved(lane_major, row, column));
 }
-template <class Tile>
-DEV void load_b_trans(u32 (&b)[4], u32 lane_major, int row, int column) {
+template <class Tile> DEV void load_b_trans(u32 (&b)[4], u32 lane_major, int row, int column) {
     ldmatrix_x4_trans(b, Tile::moved(lane_major, row, column));
 }
-template <class Tile>
-DEV void load_b(u32 (&b)[4], u32 lane_minor, int row, int column) {
+template <class Tile> DEV void load_b(u32 (&b)[4], u32 lane_minor, int row, int column) {
     ldmatrix_x4(b, Tile::moved(lane_minor, row, column));
 }
-template <class Tile>
-DEV void load_a_trans(u32 (&a)[4], u32 lane_minor, int row, int column) {
+template <class Tile> DEV void load_a_trans(u32 (&a)[4], u32 lane_minor, int row, int column) {
     ldmatrix_x4_trans(a, Tile::moved(lane_minor, row, column));
 }
 
-// Accumulators of a warp: [M16][N8][4] floats. Element e of a block: row lane/4 + 8*(e/2), column 2*(lane%4) + e%2.
-template <int M16, int N8>
-struct Accumulator {
+// Accumulators of a warp: [M16][N8][4] floats. Element e of a block: row lane/4 + 8*(e/2), column
+// 2*(lane%4) + e%2.
+template <int M16, int N8> struct Accumulator {
     float x[M16][N8][4];
 
     DEV_METHOD void zero() {
@@ -72,20 +72,21 @@ struct Accumulator {
     }
 };
 
-// Columns 16*step .. of an accumulator as the A operand of the next product: the layouts agree, only rounding is needed.
+// Columns 16*step .. of an accumulator as the A operand of the next product: the layouts agree,
+// only rounding is needed.
 template <class Element, int M16, int N8>
 DEV void accumulator_to_a(u32 (&a)[4], const Accumulator<M16, N8>& acc, int m, int step) {
-    const float(&left)[4] = acc.x[m][2 * step];
-    const float(&right)[4] = acc.x[m][2 * step + 1];
+    const float (&left)[4] = acc.x[m][2 * step];
+    const float (&right)[4] = acc.x[m][2 * step + 1];
     a[0] = Element::pack(left[0], left[1]);
     a[1] = Element::pack(left[2], left[3]);
     a[2] = Element::pack(right[0], right[1]);
     a[3] = Element::pack(right[2], right[3]);
 }
 
-// The A operands of the next product made of an accumulator: the layouts agree, only rounding is needed.
-template <class Element, int M16, int N8>
-struct RoundedOperand {
+// The A operands of the next product made of an accumulator: the layouts agree, only rounding is
+// needed.
+template <class Element, int M16, int N8> struct RoundedOperand {
     u32 a[M16][N8 / 2][4];  // [.][k16 step]
 
     DEV_METHOD explicit RoundedOperand(const Accumulator<M16, N8>& acc) {
@@ -95,13 +96,15 @@ struct RoundedOperand {
             for (int n = 0; n < N8; ++n)
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    a[m][n / 2][n % 2 * 2 + half] = Element::pack(acc.x[m][n][2 * half], acc.x[m][n][2 * half + 1]);
+                    a[m][n / 2][n % 2 * 2 + half] =
+                        Element::pack(acc.x[m][n][2 * half], acc.x[m][n][2 * half + 1]);
     }
 };
 
-// ---- global memory --------------------------------------------------------------------------------------------------
+// ---- global memory ------------------------------------------------------------------------------
 
-// [rows, columns] of one head: element (r, c) at base[r * stride + c]. `vector`: every row is 16-byte aligned and columns % 8 == 0.
+// [rows, columns] of one head: element (r, c) at base[r * stride + c]. `vector`: every row is
+// 16-byte aligned and columns % 8 == 0.
 struct GlobalRows {
     u16* base;
     i64 stride;
@@ -109,25 +112,29 @@ struct GlobalRows {
     bool vector;
 };
 
-// The 16-byte chunk of `rows` at (row, column) gathered element by element; zero outside. For rows that are not aligned.
+// The 16-byte chunk of `rows` at (row, column) gathered element by element; zero outside. For rows
+// that are not aligned.
 DEV uint4 gather_chunk(const GlobalRows& gmem, int row, int column) {
     u32 pair[4] = {0u, 0u, 0u, 0u};
     if (row < gmem.rows) {
         const u16* from = gmem.base + row * gmem.stride + column;
 #pragma unroll
         for (int e = 0; e < 8; ++e)
-            if (column + e < gmem.columns) pair[e / 2] |= (u32)ld_global_u16(from + e) << (e % 2 * 16);
+            if (column + e < gmem.columns)
+                pair[e / 2] |= (u32)ld_global_u16(from + e) << (e % 2 * 16);
     }
     return make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
-// Copies rows [first_row, first_row + ROWS) of a head into a tile; rows and columns that do not exist become zero. All THREADS of the
-// block take part. `fetch` starts (the destination must be free), `land` waits for this thread's share; a barrier makes it visible:
-//     loader.fetch(smem, row); cp_async_commit(); ... loader.template land<PENDING>(smem); __syncthreads();
-// sm_80+: fetch issues cp.async, PENDING counts younger groups. Turing: fetch loads into registers, land stores them.
-// Rows without 16-byte alignment are gathered by elements and stored at once (compact code; only when !VECTOR_ONLY).
-template <class Tile, int THREADS, bool VECTOR_ONLY>
-struct TileLoader {
+// Copies rows [first_row, first_row + ROWS) of a head into a tile; rows and columns that do not
+// exist become zero. All THREADS of the block take part. `fetch` starts (the destination must be
+// free), `land` waits for this thread's share; a barrier makes it visible:
+//     loader.fetch(smem, row);  cp_async_commit();  ...
+//     loader.template land<PENDING>(smem);  __syncthreads();
+// sm_80+: fetch issues cp.async, PENDING counts younger groups. Turing: fetch loads into registers,
+// land stores them. Rows without 16-byte alignment are gathered by elements and stored at once
+// (compact code; only when !VECTOR_ONLY).
+template <class Tile, int THREADS, bool VECTOR_ONLY> struct TileLoader {
     static constexpr int PASS_ROWS = THREADS / Tile::CHUNKS;  // rows that all threads copy at once
     static constexpr int PASSES = (Tile::ROWS + PASS_ROWS - 1) / PASS_ROWS;
     static_assert(PASS_ROWS % 8 == 0, "the swizzle of a thread is the same in every pass");
@@ -148,24 +155,26 @@ struct TileLoader {
         const int row = thread / Tile::CHUNKS, column = thread % Tile::CHUNKS * 8;
         const u32 to = smem + Tile::offset(row, column);
         const u16* from = gmem.base + (first_row + row) * gmem.stride + column;
-        const int left = gmem.rows - first_row - row;  // how many rows there are from this thread's first
+        const int left = gmem.rows - first_row - row;  // rows from this thread's first on
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass)
 #pragma unroll
             for (int slab = 0; slab < Tile::SLABS; ++slab) {
                 if (Tile::ROWS % PASS_ROWS != 0 && row + pass * PASS_ROWS >= Tile::ROWS) continue;
-                const bool exists = pass * PASS_ROWS < left && slab * Tile::SLAB + column < gmem.columns;
+                const bool exists =
+                    pass * PASS_ROWS < left && slab * Tile::SLAB + column < gmem.columns;
                 const u16* source = from + pass * PASS_ROWS * gmem.stride + slab * Tile::SLAB;
                 if constexpr (HAS_ASYNC_COPY)
-                    cp_async_16(to + pass * PASS_ROWS * Tile::ROW_BYTES + slab * Tile::SLAB_BYTES, source,
-                                exists ? 16 : 0);  // 0: the address is not used
+                    // Of 0 bytes, the address is not used.
+                    cp_async_16(to + pass * PASS_ROWS * Tile::ROW_BYTES + slab * Tile::SLAB_BYTES,
+                                source, exists ? 16 : 0);
                 else
-                    staged[pass * Tile::SLABS + slab] = exists ? ld_global_v4(source) : make_uint4(0, 0, 0, 0);
+                    staged[pass * Tile::SLABS + slab] =
+                        exists ? ld_global_v4(source) : make_uint4(0, 0, 0, 0);
             }
     }
 
-    template <int PENDING>
-    DEV_METHOD void land(u32 smem) {
+    template <int PENDING> DEV_METHOD void land(u32 smem) {
         cp_async_wait<PENDING>();
         if (HAS_ASYNC_COPY || !vector()) return;
         const unsigned thread = fresh_thread_id();
@@ -190,9 +199,11 @@ struct TileLoader {
     }
 };
 
-// Writes an accumulator, times a factor per row, to rows [row, row + 16*M16) of a tile, rounded to 16 bits.
+// Writes an accumulator, times a factor per row, to rows [row, row + 16*M16) of a tile, rounded to
+// 16 bits.
 template <class Element, class Tile, int M16, int N8>
-DEV void accumulator_to_shared(u32 smem, int row, const Accumulator<M16, N8>& acc, const float (&factor)[M16][2]) {
+DEV void accumulator_to_shared(u32 smem, int row, const Accumulator<M16, N8>& acc,
+                               const float (&factor)[M16][2]) {
 #pragma unroll
     for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -202,12 +213,13 @@ DEV void accumulator_to_shared(u32 smem, int row, const Accumulator<M16, N8>& ac
                 const int r = row + m * 16 + half * 8 + lane_id() / 4;
                 const float scale = factor[m][half];
                 st_shared_u32(smem + Tile::offset(r, n * 8) + lane_id() % 4 * 4,
-                              Element::pack(acc.x[m][n][2 * half] * scale, acc.x[m][n][2 * half + 1] * scale));
+                              Element::pack(acc.x[m][n][2 * half] * scale,
+                                            acc.x[m][n][2 * half + 1] * scale));
             }
 }
 
-// Stores rows [row, row + ROWS_PER_WARP) of a tile to the global rows first_row + ...: one warp, after __syncwarp. Nothing outside
-// [rows, columns] is written.
+// Stores rows [row, row + ROWS_PER_WARP) of a tile to the global rows first_row + ...: one warp,
+// after __syncwarp. Nothing outside [rows, columns] is written.
 template <class Tile, int ROWS_PER_WARP, bool VECTOR_ONLY>
 DEV void store_rows(const GlobalRows& gmem, u32 smem, int row, int first_row) {
     constexpr int CHUNKS = Tile::COLUMNS / 8;
@@ -224,6 +236,7 @@ DEV void store_rows(const GlobalRows& gmem, u32 smem, int row, int first_row) {
         const u32 pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
         for (int e = 0; e < 8; ++e)
-            if (column + e < gmem.columns) st_global_u16(to + e, (u16)(pair[e / 2] >> (e % 2 * 16)));
+            if (column + e < gmem.columns)
+                st_global_u16(to + e, (u16)(pair[e / 2] >> (e % 2 * 16)));
     }
 }
