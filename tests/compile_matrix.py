@@ -1,11 +1,12 @@
-"""Every kernel that planning can choose, compiled for every architecture by two generations of
-NVRTC: what it costs in registers and local memory, and what the compiler had to say.
+"""Every kernel that planning can choose, compiled for every architecture: what it costs in registers
+and local memory, and what the compiler had to say.
 
-    python -m tests.compile_matrix             # compile everything and compare with the table
+    python -m tests.compile_matrix             # what test_compiles.py does, in all cores
     python -m tests.compile_matrix --record    # write the table anew after an intended change
+    python -m tests.compile_matrix --both      # every kernel by both generations of NVRTC
 
-The table is `tests/data/registers.json`. `test_compiles.py` runs half of it under pytest: every
-kernel for every architecture, by one of the two compilers (see `generation_of`).
+By default each kernel is built by one of two generations of NVRTC (see `generation_of`). The table
+is `tests/data/registers.json`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cuflash import _compile, _launch_merge, _nvrtc, _plan
 from cuflash._compile import Specialization
@@ -133,89 +133,93 @@ def complaints(spec: Specialization, generation: int, usage: Usage, log: str) ->
             found.append(f"spills ({usage}), and head dim {spec.head_dim} must not")
         if usage.stack:
             found.append(f"uses {usage.stack} bytes of local memory")
-    recorded = table()["kernels"].get(str(generation), {}).get(spec.arch, {}).get(spec.name)
-    if recorded is None:
-        found.append("is not in the table of registers")
-    else:
-        found += usage.worse_than(Usage(*recorded))
+    if generation == generation_of(spec):
+        recorded = table().get(spec.arch, {}).get(spec.name)
+        if recorded is None:
+            found.append("is not in the table of registers")
+        else:
+            found += usage.worse_than(Usage(*recorded))
     return [f"CUDA {generation}, {spec.arch}, {spec.name}: {text}" for text in found]
 
 
 @functools.cache
-def table() -> dict[str, Any]:
-    """The recorded figures: generation -> architecture -> kernel -> [registers, ...]."""
-    if not TABLE.exists():
-        return {"kernels": {}}
-    return json.loads(TABLE.read_text())
+def table() -> dict[str, dict[str, list[int]]]:
+    """The recorded figures: architecture -> kernel -> fields of Usage."""
+    return json.loads(TABLE.read_text())["kernels"] if TABLE.exists() else {}
 
 
-def _work(task: tuple[int, str, str]) -> tuple[tuple[int, str, str], dict[str, Any], list[str]]:
-    generation, arch, group = task
-    figures, wrong = {}, []
+class Found(NamedTuple):
+    """The result of one portion of the matrix."""
+
+    arch: str
+    figures: dict[str, Usage]  # by the compiler of `generation_of`
+    wrong: list[str]
+    compiled: int
+
+
+def compile_group(arch: str, group: str, generations: tuple[int, ...]) -> Found:
+    """Build a portion of the matrix; with no `generations`, each kernel by its own compiler."""
+    figures: dict[str, Usage] = {}
+    wrong: list[str] = []
+    compiled = 0
     for spec in groups(arch)[group]:
-        try:
-            usage, log, _ = compile_one(spec, generation)
-        except RuntimeError as error:
-            wrong.append(f"CUDA {generation}, {arch}, {spec.name}: {str(error)[:2000]}")
-            continue
-        figures[spec.name] = list(usage)
-        wrong += complaints(spec, generation, usage, log)
-    return task, figures, wrong
+        for generation in generations or (generation_of(spec),):
+            try:
+                usage, log, _ = compile_one(spec, generation)
+            except RuntimeError as error:
+                text = str(error)[:2000]
+                wrong.append(f"CUDA {generation}, {arch}, {spec.name}: {text}")
+                continue
+            compiled += 1
+            if generation == generation_of(spec):
+                figures[spec.name] = usage
+            wrong += complaints(spec, generation, usage, log)
+    return Found(arch, figures, wrong, compiled)
 
 
-def run_all(
-    generations: Iterable[int], architectures: Iterable[str], jobs: int
-) -> Iterator[tuple[tuple[int, str, str], dict[str, Any], list[str]]]:
-    """Compile in `jobs` processes; yields (task, figures, complaints) as they come."""
-    from tqdm import tqdm
-
-    architectures = list(architectures)
-    tasks = [(g, a, group) for g in generations for a in architectures for group in groups(a)]
-    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_work, task) for task in tasks]
-        done = concurrent.futures.as_completed(futures)
-        for future in tqdm(done, total=len(futures), unit="group", mininterval=1):
-            yield future.result()
-
-
-def record(results: dict[int, dict[str, dict[str, list[int]]]]) -> None:
+def record(figures: dict[str, dict[str, Usage]]) -> None:
     """Write the table: one kernel per line, sorted, so that a change reads well."""
-    versions = {str(g): ".".join(map(str, nvrtc(g).version)) for g in sorted(results)}
-    lines = ["{", f' "nvrtc": {json.dumps(versions)},', ' "columns": ', ' "kernels": {']
-    lines[2] += json.dumps(Usage._fields) + ","
-    generations = []
-    for generation in sorted(results):
-        archs = []
-        for arch in ARCHITECTURES:
-            rows = sorted(results[generation].get(arch, {}).items())
-            body = ",\n".join(f'   "{name}": {json.dumps(row)}' for name, row in rows)
-            archs.append(f'  "{arch}": {{\n{body}\n  }}')
-        generations.append(f' "{generation}": {{\n' + ",\n".join(archs) + "\n }")
-    lines.append(",\n".join(generations))
+    versions = {str(g): ".".join(map(str, nvrtc(g).version)) for g in GENERATIONS}
+    architectures = []
+    for arch in ARCHITECTURES:
+        rows = sorted(figures[arch].items())
+        body = ",\n".join(f'   "{name}": {json.dumps(usage)}' for name, usage in rows)
+        architectures.append(f'  "{arch}": {{\n{body}\n  }}')
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text("\n".join(lines) + "\n }\n}\n")
+    TABLE.write_text(
+        f'{{\n "nvrtc": {json.dumps(versions)},\n "columns": {json.dumps(Usage._fields)},\n'
+        ' "kernels": {\n' + ",\n".join(architectures) + "\n }\n}\n"
+    )
 
 
 def main() -> int:
     """Compile everything; the exit status tells whether anything is wrong."""
+    from tqdm import tqdm
+
     parser = argparse.ArgumentParser(prog="python -m tests.compile_matrix")
     parser.add_argument("--record", action="store_true", help="write the table anew")
+    parser.add_argument("--both", action="store_true", help="both compilers for every kernel")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     start = time.perf_counter()
-    results: dict[int, dict[str, dict[str, list[int]]]] = {g: {} for g in GENERATIONS}
+    generations = GENERATIONS if options.both else ()
+    figures: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHITECTURES}
     wrong: list[str] = []
-    for (generation, arch, _), figures, found in run_all(GENERATIONS, ARCHITECTURES, options.jobs):
-        results[generation].setdefault(arch, {}).update(figures)
-        wrong += found
+    count = 0
+    with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
+        tasks = [(arch, group) for arch in ARCHITECTURES for group in groups(arch)]
+        futures = [pool.submit(compile_group, *task, generations) for task in tasks]
+        done = concurrent.futures.as_completed(futures)
+        for future in tqdm(done, total=len(futures), unit="group", mininterval=1):
+            found = future.result()
+            figures[found.arch].update(found.figures)
+            wrong += found.wrong
+            count += found.compiled
     if options.record:
-        record(results)
-        wrong = [
-            text for text in wrong if "table of registers" not in text and "recorded" not in text
-        ]
-    count = sum(len(rows) for archs in results.values() for rows in archs.values())
+        record(figures)
+        wrong = [text for text in wrong if "recorded" not in text and "the table" not in text]
     print("\n".join(wrong))
-    print(f"{count} kernels in {time.perf_counter() - start:.0f} s, {len(wrong)} complaints")
+    print(f"{count} compilations in {time.perf_counter() - start:.0f} s, {len(wrong)} complaints")
     return 1 if wrong else 0
 
 
