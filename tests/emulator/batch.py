@@ -4,16 +4,67 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .ptx import SIZES, Function, Instruction, Name, Operand, names_in
+from .syntax import SIZES, Function, Instruction, Name, Operand, names_in
 
 if TYPE_CHECKING:
     from .codegen import Emitter
 
 # Instructions that neither touch shared memory nor meet other threads: they may pass a waiting batch.
 _HARMLESS = frozenset(
-    "add sub addc subc mul mul24 mad mad24 fma div rem min max neg abs copysign testp and or xor not cnot lop3 shl shr shf bfe"
-    " bfi prmt popc clz brev bfind bmsk sad setp set selp slct mov cvt cvta ex2 lg2 rcp rsqrt sqrt sin cos tanh ld createpolicy"
-    .split()
+    [
+        "add",
+        "sub",
+        "addc",
+        "subc",
+        "mul",
+        "mul24",
+        "mad",
+        "mad24",
+        "fma",
+        "div",
+        "rem",
+        "min",
+        "max",
+        "neg",
+        "abs",
+        "copysign",
+        "testp",
+        "and",
+        "or",
+        "xor",
+        "not",
+        "cnot",
+        "lop3",
+        "shl",
+        "shr",
+        "shf",
+        "bfe",
+        "bfi",
+        "prmt",
+        "popc",
+        "clz",
+        "brev",
+        "bfind",
+        "bmsk",
+        "sad",
+        "setp",
+        "set",
+        "selp",
+        "slct",
+        "mov",
+        "cvt",
+        "cvta",
+        "ex2",
+        "lg2",
+        "rcp",
+        "rsqrt",
+        "sqrt",
+        "sin",
+        "cos",
+        "tanh",
+        "ld",
+        "createpolicy",
+    ]
 )
 _STRONG = {"volatile", "relaxed", "acquire", "mmio"}
 
@@ -25,7 +76,9 @@ class MatrixBatch:
         self.names = {
             name
             for i in function.body
-            if isinstance(i, Instruction) and i.opcode in ("mma", "ldmatrix") and "f64" not in i.modifiers
+            if isinstance(i, Instruction)
+            and i.opcode in ("mma", "ldmatrix")
+            and "f64" not in i.modifiers
             for operand in i.operands
             for name in names_in(operand)
         }
@@ -62,7 +115,9 @@ class MatrixBatch:
         self._outputs.add(slot)
         return slot
 
-    def add(self, e: Emitter, kind: str, row: dict, *, count: int = 0, trans: int = 0, k: int = 0) -> None:
+    def add(
+        self, e: Emitter, kind: str, row: dict, *, count: int = 0, trans: int = 0, k: int = 0
+    ) -> None:
         """Queue the current instruction."""
         numbers = [f"{{{', '.join(map(str, row.get(x, ())))}}}" for x in "dabc"]
         head = f"emu::{kind}, {count}, {trans}, {k}, {e.site_index()}, {row.get('offset', 0)}"
@@ -76,7 +131,9 @@ class MatrixBatch:
         if passes:
             operands = (*i.operands, *((i.guard,) if i.guard else ()))
             touched = {self._slot(e, Name(n)) for x in operands for n in names_in(x)}
-            written = {self._slot(e, Name(n)) for n in names_in(i.operands[0])} if i.operands else set()
+            written = (
+                {self._slot(e, Name(n)) for n in names_in(i.operands[0])} if i.operands else set()
+            )
             passes = not (touched & self._outputs or written & self._inputs)
         if not passes:
             self.flush(e)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .codegen import Emitter, Modifiers, emits
-from .ptx import Group, Instruction, Name
+from .syntax import Group, Instruction, Name
 
 
 @emits("bra")

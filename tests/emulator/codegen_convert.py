@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .codegen import C_TYPES, Emitter, Modifiers, emits
-from .ptx import SIZES, Instruction
+from .syntax import SIZES, Instruction
 
 _FLOATS = ("f16", "bf16", "f32", "f64")
 _TO_INTEGRAL = ("rni", "rzi", "rmi", "rpi")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from .codegen import SPECIAL, Emitter, Modifiers, emits
 from .codegen_wgmma import begin
-from .ptx import Address, Instruction, Name, Operand, Vector
+from .syntax import Address, Instruction, Name, Operand, Vector
 
 _CLUSTER = "(emu::launch.cluster.x * emu::launch.cluster.y * emu::launch.cluster.z)"
 SPECIAL.update(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from .codegen import C_TYPES, Emitter, Modifiers, emits
-from .ptx import Address, Instruction
+from .syntax import Address, Instruction
 
 # shape and operand type -> registers of A, B and C/D
 _SHAPES = {

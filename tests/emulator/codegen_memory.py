@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .codegen import C_TYPES, Emitter, Modifiers, emits
-from .ptx import SIZES, Address, Instruction, Operand
+from .syntax import SIZES, Address, Instruction, Operand
 
 _SPACES = (
     "shared",

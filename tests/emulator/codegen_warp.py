@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .codegen import C_TYPES, Emitter, Modifiers, emits
-from .ptx import Instruction, Pair
+from .syntax import Instruction, Pair
 
 
 # ------------------------------------------------------------------------------------------------------------- barriers

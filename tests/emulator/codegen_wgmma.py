@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from .codegen import Emitter, Modifiers, emits
-from .ptx import Instruction, Name, Number, Operand, Pair, Vector
+from .syntax import Instruction, Name, Number, Operand, Pair, Vector
 
 
 def begin(e: Emitter) -> None:

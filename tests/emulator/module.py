@@ -184,7 +184,7 @@ class Module:
 
     def _run(
         self, kernel, shape, shared_memory, packed, keep, seed, race, uninitialised, counters
-    ) -> Counters:  # noqa: ANN001
+    ) -> Counters:
         sites = self.translation.sites
         counts = np.zeros((len(sites), len(_COLUMNS)), np.uint64)
         start = packed.ctypes.data

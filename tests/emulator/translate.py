@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from .codegen import Emitter, Scope, Site, find_emitter, load_emitters
 from .errors import Unsupported
-from .ptx import Function, Instruction, Location, PtxModule, Variable, parse
+from .ptx import parse
+from .syntax import Function, Instruction, Location, PtxModule, Variable
 
 PRELUDE = '#include "emu.h"\n#include "scalar.h"\n#include "ops.h"\n#include "hopper.h"\n'
 
