@@ -130,7 +130,7 @@ class Form:
     cluster : int
         Blocks launched, all of one cluster.
     functions : tuple of str
-        Helper functions; each text is written once per unit.
+        Device functions; each text is written once per unit.
     """
 
     name: str
@@ -161,8 +161,8 @@ class Form:
 
 def unit_source(forms: Sequence[Form]) -> str:
     """One translation unit with the kernels of `forms`."""
-    helpers = dict.fromkeys(text for form in forms for text in form.functions)
-    return PRELUDE + "".join(helpers) + "\n".join(f.source() for f in forms)
+    functions = dict.fromkeys(text for form in forms for text in form.functions)
+    return PRELUDE + "".join(functions) + "\n".join(f.source() for f in forms)
 
 
 def operands(template: str, count: int, start: int = 0) -> str:

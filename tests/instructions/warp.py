@@ -1,4 +1,4 @@
-"""Warp collectives and integer helpers: shuffles, votes, reductions, byte permutes."""
+"""Warp collectives and integer instructions: shuffles, votes, reductions, byte permutes."""
 
 from __future__ import annotations
 
