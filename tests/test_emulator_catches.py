@@ -1,6 +1,8 @@
-"""Mistakes planted in a small attention kernel: the emulator must catch each, and must not accuse the kernel without them.
+"""Mistakes planted in a small attention kernel: the emulator must catch each, and must not accuse the
+kernel without them.
 
-This is what makes a green test run without a GPU worth something. Each mistake is one that a GPU may survive in silence.
+This is what makes a green test run without a GPU worth something. Each mistake is one that a GPU may
+survive in silence.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def attention_error(
     return float("inf") if np.isnan(error) else float(error)
 
 
-# ------------------------------------------------------------------------------------------------ the kernel as it should be
+# ---- the kernel as it should be
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("causal", [False, True])
 def test_kernel_without_mistakes_passes(seed: int, causal: bool) -> None:
@@ -110,7 +112,7 @@ def module_counts(module: Module):
     return module.launch("attention", (2, 1), 128, SHARED_BYTES, p[()], counters=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- planted mistakes
+# ---- planted mistakes
 @pytest.mark.parametrize(
     ("plant", "error", "message"),
     [
@@ -171,7 +173,7 @@ def test_shared_memory_of_the_launch_is_what_counts() -> None:
         attention_error(attention_module(), shared_memory=4 * 8192)
 
 
-# --------------------------------------------------------------------------------------------------------- tiny kernels, one each
+# ---- tiny kernels, one mistake each
 TINY = (KERNELS / "tiny.cu").read_text()
 
 
@@ -245,7 +247,7 @@ def test_copy_in_flight_at_exit() -> None:
 
 
 def test_barriers_that_never_fill_are_deadlocks() -> None:
-    with pytest.raises(Deadlock, match="(?s)named barrier.*threads 0-63"):
+    with pytest.raises(Deadlock, match=r"(?s)named barrier.*threads 0-63"):
         tiny("NOTHING").launch("crossed", 1, 64, 0, [np.zeros(64, np.int32)])
     with pytest.raises(Deadlock, match="waits for 96 threads, the block has 64"):
         tiny("NOTHING").launch("named", 1, 64, 0, [np.zeros(64, np.int32)])
@@ -289,7 +291,7 @@ def test_bank_conflicts_and_sectors_are_counted() -> None:
         ({"grid": (1, 65536), "block": 128}, "grid"),
         ({"grid": 1, "block": 128, "shared_memory": 232449}, "shared memory"),
         (
-            dict(grid=1, block=128, params=[np.float32(1)]),
+            {"grid": 1, "block": 128, "params": [np.float32(1)]},
             "parameter 0 of attention has 56 bytes, 4 were given",
         ),
         ({"grid": 1, "block": 128, "params": []}, "takes 1 parameters"),

@@ -1,8 +1,9 @@
 """Scalar instructions of the emulator against NumPy, one form per case, over random and awkward values.
 
-Every case is one line of inline assembly in a kernel of its own; all kernels are one module, so the table is compiled once.
-Results must agree bit for bit (any NaN equals any NaN), except where a tolerance is given: for `.approx` forms the
-emulator is at least as accurate as the hardware, and the tolerance is the reference's own rounding.
+Every case is one line of inline assembly in a kernel of its own; all kernels are one module, so the
+table is compiled once. Results must agree bit for bit (any NaN equals any NaN), except where a tolerance is
+given: for `.approx` forms the emulator is at least as accurate as the hardware, and the tolerance is the
+reference's own rounding.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_movmatrix_transposes() -> None:
 
 def test_unknown_instructions_and_modifiers_are_named() -> None:
     text = Nvrtc().ptx(SOURCE, "compute_80")
-    with pytest.raises(Unsupported, match="wmma.load"):
+    with pytest.raises(Unsupported, match=r"wmma\.load"):
         translate(text.replace("bar.sync", "wmma.load.bar", 1))
     with pytest.raises(Unsupported, match=r"modifier \.sideways"):
         translate(text.replace("add.s32", "add.sideways.s32", 1))

@@ -18,6 +18,21 @@ from .module import Counters, Limits, Module
 from .nvrtc import CompileError, Nvrtc
 
 __all__ = [
-    "AsyncMisuse", "CompileError", "Counters", "DataRace", "Deadlock", "Divergence", "EmulatorError", "LaunchError", "Limits",
-    "Memory", "Misaligned", "Module", "Nvrtc", "OutOfBounds", "Trap", "Uninitialised", "Unsupported",
-]  # fmt: skip
+    "AsyncMisuse",
+    "CompileError",
+    "Counters",
+    "DataRace",
+    "Deadlock",
+    "Divergence",
+    "EmulatorError",
+    "LaunchError",
+    "Limits",
+    "Memory",
+    "Misaligned",
+    "Module",
+    "Nvrtc",
+    "OutOfBounds",
+    "Trap",
+    "Uninitialised",
+    "Unsupported",
+]

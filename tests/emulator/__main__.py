@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for kernel in translation.kernels.values():
         print(
-            f"kernel {kernel.name}: {kernel.instructions} instructions, {kernel.static_shared} bytes of static shared memory"
+            f"kernel {kernel.name}: {kernel.instructions} instructions, "
+            f"{kernel.static_shared} bytes of static shared memory"
         )
     return 0
 

@@ -67,7 +67,7 @@ def _object(source: Path) -> Path:
 
 @cache
 def runtime() -> tuple[ctypes.CDLL, Path]:
-    """The runtime library, built when its sources changed, loaded once per process with its symbols visible to kernels."""
+    """The runtime library: built when its sources changed, loaded once, its symbols visible to kernels."""
     path = cache_directory() / f"libcuflash_emu_{_digest(runtime_text(), *_FLAGS)}.so"
     if not path.exists():
         _compile(["-shared", *(str(_object(p)) for p in sorted(RUNTIME.glob("*.cpp")))], path)

@@ -10,9 +10,10 @@ becomes a call into the runtime. How to add an instruction::
             e.site()
             e.line(f"emu::mbarrier_init(t, {e.address(i.operands[0], 'shared')}, {e.read(i.operands[1], 'u32')});")
 
-An emitter may be registered for a longer prefix, as in @emits("cp.async.bulk", "fence.proxy"); the longest registered
-prefix of an opcode wins, and the prefix is already taken from `m`. Every other modifier must be taken by the emitter; one
-that is left is an error naming the instruction, so nothing is ignored by accident.
+An emitter may be registered for a longer prefix, as in @emits("cp.async.bulk", "fence.proxy"); the
+longest registered prefix of an opcode wins, and the prefix is already taken from `m`. Every other
+modifier must be taken by the emitter; one that is left is an error naming the instruction, so nothing
+is ignored by accident.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Emitter:
         self._now: Instruction | None = None
         self._site: int | None = None
 
-    # ---- for instruction emitters -----------------------------------------------------------------------------------
+    # ---- for instruction emitters
     def line(self, text: str) -> None:
         """Add one line of C++ (it stands inside the instruction's own block and guard)."""
         self.lines.append("    " + text)
@@ -197,7 +198,7 @@ class Emitter:
         return text
 
     def jump(self, label: str) -> None:
-        """Go to a C label. A backward branch may be an endless loop, so from time to time others must get their turn."""
+        """Go to a C label; a backward branch may be an endless loop, so others get their turn."""
         if label in self._passed:
             self.site()
             self.line("if (!--t.fuel) emu::refuel(t);")
@@ -226,7 +227,7 @@ class Emitter:
         )
         return f"((u8*)({self._symbol_address(base)}) + {offset})"
 
-    # ---- names --------------------------------------------------------------------------------------------------------
+    # ---- names
     def _register(self, name: str) -> tuple[str, str] | None:
         for scope in reversed(self.scopes):
             if name in scope.registers:
@@ -270,11 +271,12 @@ class Emitter:
                 bits &= (1 << 8 * C_SIZES[want]) - 1
             elif (number.kind == "f32") != (want == "float"):
                 raise self.fail("immediate of the wrong float type")
-            return f"__builtin_bit_cast({want}, {'0x%xu' % bits if want == 'float' else '(u64)0x%xull' % bits})"
+            literal = f"0x{bits:x}u" if want == "float" else f"(u64)0x{bits:x}ull"
+            return f"__builtin_bit_cast({want}, {literal})"
         bits = number.value & ((1 << 64) - 1)
         return f"({want})0x{bits:x}ull" if bits > 0x7FFFFFFF else f"({want}){bits}"
 
-    # ---- statements ---------------------------------------------------------------------------------------------------
+    # ---- statements
     def body(self) -> None:
         """Emit every statement of the function."""
         self.scopes.append(Scope())

@@ -1,9 +1,9 @@
 """Emitters of ldmatrix and mma, which are collected into batches.
 
-A warp's lanes are separate fibers, so meeting for every mma would cost 32 switches each. Matrix instructions only touch
-registers (and ldmatrix reads shared memory), so they can wait until something needs their results or could change
-their operands; the whole batch then costs one meeting. `MatrixBatch` keeps the bookkeeping, `Emitter` asks it before every
-other instruction.
+A warp's lanes are separate fibers, so meeting for every mma would cost 32 switches each. Matrix
+instructions only touch registers (and ldmatrix reads shared memory), so they can wait until something
+needs their results or could change their operands; the whole batch then costs one meeting.
+`MatrixBatch` keeps the bookkeeping, `Emitter` asks it before every other instruction.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Emitters of arithmetic on integers, floats and halves.
 
-The value rules that C does not have (NaN rules of min and max, clamped shifts, half precision, flush to zero) are inline
-functions of runtime/scalar.h; what C has is emitted as C.
+The value rules that C does not have (NaN rules of min and max, clamped shifts, half precision, flush to
+zero) are inline functions of runtime/scalar.h; what C has is emitted as C.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def testp(e: Emitter, i: Instruction, m: Modifiers) -> None:
     e.write(i.operands[0], "pred", f"emu::testp_{what}({e.read(i.operands[1], t)})")
 
 
-# Functions of one float. `.approx` is computed with the C library, which is at least as accurate as the hardware's units.
+# Functions of one float. `.approx` is the C library's, at least as accurate as the hardware's units.
 _UNARY = {
     "rcp": "{one} / {a}", "sqrt": "emu::math_sqrt({a})", "rsqrt": "{one} / emu::math_sqrt({a})",
     "sin": "__builtin_sinf({a})", "cos": "__builtin_cosf({a})", "lg2": "__builtin_log2f({a})",

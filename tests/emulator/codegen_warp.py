@@ -94,9 +94,11 @@ def redux(e: Emitter, i: Instruction, m: Modifiers) -> None:
     d, a, mask = i.operands
     e.site()
     if t == "f32":
-        value = f"emu::redux_f32(t, {int(op == 'max')}, {int(absolute)}, {int(nan)}, {e.read(a, t)}, {e.read(mask, 'u32')})"
+        flags = f"{int(op == 'max')}, {int(absolute)}, {int(nan)}"
+        value = f"emu::redux_f32(t, {flags}, {e.read(a, t)}, {e.read(mask, 'u32')})"
     else:
-        value = f"emu::redux_{'s32' if t == 's32' else 'u32'}(t, emu::REDUX_{op.upper()}, {e.read(a, t)}, {e.read(mask, 'u32')})"
+        name = "redux_s32" if t == "s32" else "redux_u32"
+        value = f"emu::{name}(t, emu::REDUX_{op.upper()}, {e.read(a, t)}, {e.read(mask, 'u32')})"
     e.write(d, t, value)
 
 

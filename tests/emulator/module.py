@@ -30,19 +30,34 @@ _COLUMNS = (
 
 class _Request(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("cluster", ctypes.c_uint32 * 3),
-        ("static_shared", ctypes.c_uint32), ("shared_bytes", ctypes.c_uint32), ("seed", ctypes.c_uint32),
-        ("race", ctypes.c_uint32), ("uninitialised", ctypes.c_uint32), ("counters", ctypes.c_uint32),
-        ("nsites", ctypes.c_uint32), ("pad", ctypes.c_uint32), ("sites", ctypes.c_void_p), ("kernel", ctypes.c_void_p),
-        ("params", ctypes.c_void_p), ("params_bytes", ctypes.c_uint64), ("ranges", ctypes.c_void_p),
-        ("nranges", ctypes.c_uint64), ("counts", ctypes.c_void_p),
-    ]  # fmt: skip
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("cluster", ctypes.c_uint32 * 3),
+        ("static_shared", ctypes.c_uint32),
+        ("shared_bytes", ctypes.c_uint32),
+        ("seed", ctypes.c_uint32),
+        ("race", ctypes.c_uint32),
+        ("uninitialised", ctypes.c_uint32),
+        ("counters", ctypes.c_uint32),
+        ("nsites", ctypes.c_uint32),
+        ("pad", ctypes.c_uint32),
+        ("sites", ctypes.c_void_p),
+        ("kernel", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("params_bytes", ctypes.c_uint64),
+        ("ranges", ctypes.c_void_p),
+        ("nranges", ctypes.c_uint64),
+        ("counts", ctypes.c_void_p),
+    ]
 
 
 class _Result(ctypes.Structure):
     _fields_ = [
-        ("error", ctypes.c_int32), ("site", ctypes.c_uint32), ("switches", ctypes.c_uint64), ("message", ctypes.c_char * 8192),
-    ]  # fmt: skip
+        ("error", ctypes.c_int32),
+        ("site", ctypes.c_uint32),
+        ("switches", ctypes.c_uint64),
+        ("message", ctypes.c_char * 8192),
+    ]
 
 
 @dataclass(frozen=True)
@@ -129,9 +144,21 @@ class Module:
         return self.translation.kernels
 
     def launch(
-        self, name: str, grid: Any, block: Any, shared_memory: int = 0, params: Any = (), *, cluster: Any = None, seed: int = 0,
-        race: bool = True, uninitialised: bool = True, counters: bool = False, workers: int = 1, limits: Limits | None = None,
-    ) -> Counters:  # fmt: skip
+        self,
+        name: str,
+        grid: Any,
+        block: Any,
+        shared_memory: int = 0,
+        params: Any = (),
+        *,
+        cluster: Any = None,
+        seed: int = 0,
+        race: bool = True,
+        uninitialised: bool = True,
+        counters: bool = False,
+        workers: int = 1,
+        limits: Limits | None = None,
+    ) -> Counters:
         """Run a kernel to its end.
 
         Parameters
@@ -142,8 +169,9 @@ class Module:
         shared_memory : int
             Bytes of dynamic shared memory.
         params : list, bytes, or np.void
-            Kernel parameters. In a list: arrays (their address is passed, and they are registered), NumPy scalars including
-            structured ones, bytes, and Python ints for pointers. Bytes or one structured scalar: the kernel's only parameter.
+            Kernel parameters. In a list: arrays (their address is passed, and they are registered),
+            NumPy scalars including structured ones, bytes, and Python ints for pointers. Bytes or one
+            structured scalar: the kernel's only parameter.
         cluster : tuple of int, optional
             Blocks that run together; by default what the kernel demands.
         seed : int
@@ -193,11 +221,25 @@ class Module:
         ]
         ranges = self.memory.table(extra)
         request = _Request(
-            shape.grid, shape.block, shape.cluster, kernel.static_shared, kernel.static_shared + shared_memory, seed, race,
-            uninitialised, counters, len(sites), 0, ctypes.addressof(ctypes.c_char.in_dll(self._library, "emu_sites")),
-            ctypes.cast(getattr(self._library, f"kernel_{kernel.name}"), ctypes.c_void_p), packed.ctypes.data, packed.nbytes,
-            ranges.ctypes.data, len(ranges), counts.ctypes.data,
-        )  # fmt: skip
+            shape.grid,
+            shape.block,
+            shape.cluster,
+            kernel.static_shared,
+            kernel.static_shared + shared_memory,
+            seed,
+            race,
+            uninitialised,
+            counters,
+            len(sites),
+            0,
+            ctypes.addressof(ctypes.c_char.in_dll(self._library, "emu_sites")),
+            ctypes.cast(getattr(self._library, f"kernel_{kernel.name}"), ctypes.c_void_p),
+            packed.ctypes.data,
+            packed.nbytes,
+            ranges.ctypes.data,
+            len(ranges),
+            counts.ctypes.data,
+        )
         result = _Result()
         if 0 not in shape.grid:
             self._runtime.emu_launch(ctypes.byref(request), ctypes.byref(result))

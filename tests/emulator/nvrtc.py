@@ -1,4 +1,4 @@
-"""Calls NVRTC from its wheel, without CuPy and without a GPU, so that tests compile exactly what users' machines compile."""
+"""Calls NVRTC from its wheel, without CuPy or a GPU: tests compile exactly what users' machines do."""
 
 from __future__ import annotations
 

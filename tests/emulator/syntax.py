@@ -1,4 +1,4 @@
-"""What parsed PTX consists of: operands, statements, functions. Plain data, shared by the parser and the code generator."""
+"""What parsed PTX consists of, as plain data shared by the parser and the code generator."""
 
 from __future__ import annotations
 

@@ -14,15 +14,37 @@ if TYPE_CHECKING:
 
 # PTX type -> C type of a value of that type. Half precision travels as bits (u16, u32 for pairs).
 C_TYPES = {
-    "pred": "u8", "b8": "u8", "u8": "u8", "s8": "s8",
-    "b16": "u16", "u16": "u16", "s16": "s16", "f16": "u16", "bf16": "u16",
-    "b32": "u32", "u32": "u32", "s32": "s32", "f32": "float", "f16x2": "u32", "bf16x2": "u32", "tf32": "u32",
-    "b64": "u64", "u64": "u64", "s64": "s64", "f64": "double", "f32x2": "u64", "b128": "u128",
-}  # fmt: skip
+    "pred": "u8",
+    "b8": "u8",
+    "u8": "u8",
+    "s8": "s8",
+    "b16": "u16",
+    "u16": "u16",
+    "s16": "s16",
+    "f16": "u16",
+    "bf16": "u16",
+    "b32": "u32",
+    "u32": "u32",
+    "s32": "s32",
+    "f32": "float",
+    "f16x2": "u32",
+    "bf16x2": "u32",
+    "tf32": "u32",
+    "b64": "u64",
+    "u64": "u64",
+    "s64": "s64",
+    "f64": "double",
+    "f32x2": "u64",
+    "b128": "u128",
+}
 # PTX type -> C type of the register variable (signedness belongs to instructions, not to registers).
 REGISTER_TYPES = {
-    **C_TYPES, "s8": "u8", "s16": "u16", "s32": "u32", "s64": "u64",
-}  # fmt: skip
+    **C_TYPES,
+    "s8": "u8",
+    "s16": "u16",
+    "s32": "u32",
+    "s64": "u64",
+}
 C_SIZES = {
     "u8": 1,
     "s8": 1,
@@ -39,17 +61,35 @@ C_SIZES = {
 BITS = {1: "u8", 2: "u16", 4: "u32", 8: "u64", 16: "u128"}
 
 SPECIAL = {
-    **{f"%{ptx}.{c}": f"t.{field}.{c}" for c in "xyz"
-       for ptx, field in (("tid", "tid"), ("ctaid", "ctaid"), ("ntid", "ntid"), ("nctaid", "nctaid"))},
-    "%laneid": "t.lane", "%warpid": "t.warp", "%nwarpid": "t.block->nwarps", "WARP_SZ": "32u",
-    "%lanemask_eq": "(1u << t.lane)", "%lanemask_lt": "((1u << t.lane) - 1u)", "%lanemask_gt": "~((2u << t.lane) - 1u)",
-    "%lanemask_le": "((2u << t.lane) - 1u)", "%lanemask_ge": "~((1u << t.lane) - 1u)",
-    "%clock": "(u32)emu::clock(t)", "%clock64": "emu::clock(t)", "%globaltimer": "emu::clock(t)",
+    **{
+        f"%{ptx}.{c}": f"t.{field}.{c}"
+        for c in "xyz"
+        for ptx, field in (
+            ("tid", "tid"),
+            ("ctaid", "ctaid"),
+            ("ntid", "ntid"),
+            ("nctaid", "nctaid"),
+        )
+    },
+    "%laneid": "t.lane",
+    "%warpid": "t.warp",
+    "%nwarpid": "t.block->nwarps",
+    "WARP_SZ": "32u",
+    "%lanemask_eq": "(1u << t.lane)",
+    "%lanemask_lt": "((1u << t.lane) - 1u)",
+    "%lanemask_gt": "~((2u << t.lane) - 1u)",
+    "%lanemask_le": "((2u << t.lane) - 1u)",
+    "%lanemask_ge": "~((1u << t.lane) - 1u)",
+    "%clock": "(u32)emu::clock(t)",
+    "%clock64": "emu::clock(t)",
+    "%globaltimer": "emu::clock(t)",
     "%globaltimer_lo": "(u32)emu::clock(t)",
-    "%smid": "(t.block->linear % 132u)", "%nsmid": "132u",
+    "%smid": "(t.block->linear % 132u)",
+    "%nsmid": "132u",
     "%gridid": "1ull",
-    "%dynamic_smem_size": "emu::dynamic_shared_bytes()", "%total_smem_size": "t.block->shared_bytes",
-}  # fmt: skip
+    "%dynamic_smem_size": "emu::dynamic_shared_bytes()",
+    "%total_smem_size": "t.block->shared_bytes",
+}
 
 Emit = Callable[["Emitter", Instruction, "Modifiers"], None]
 EMITTERS: dict[str, Emit] = {}

@@ -23,7 +23,8 @@ class Kernel:
     parameters : tuple of (offset, size)
         Position of each parameter in the parameter block.
     static_shared : int
-        Offset of dynamic shared memory = bytes of static shared memory, rounded up to the alignment of the dynamic part.
+        Offset of dynamic shared memory: bytes of static shared memory, rounded up to the alignment
+        of the dynamic part.
     max_threads : int
         Largest block (.maxntid, else 1024).
     required_block, required_cluster : tuple of int
@@ -155,9 +156,15 @@ def _kernel(function: Function, static: int) -> Kernel:
     for n in d.get("reqntid", d.get("maxntid", (1024,))):
         threads *= n
     return Kernel(
-        function.name, tuple(parameters), offset, static, threads, d.get("reqntid", ()), d.get("reqnctapercluster", ()),
+        function.name,
+        tuple(parameters),
+        offset,
+        static,
+        threads,
+        d.get("reqntid", ()),
+        d.get("reqnctapercluster", ()),
         sum(isinstance(s, Instruction) for s in function.body),
-    )  # fmt: skip
+    )
 
 
 def _signature(function: Function) -> str:
