@@ -163,7 +163,7 @@ def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -
 
 
 def vector_flags(views: Views, itemsize: int, addresses: Mapping[str, int]) -> int:
-    """FLAG_*_VECTOR of every array whose rows all start on 16-byte boundaries."""
+    """FLAG_*_VECTOR of every array whose rows are whole 16-byte pieces on 16-byte boundaries."""
     flags = 0
     for name, bit in _params.VECTOR_FLAGS.items():
         view = views.views.get(name)
@@ -172,7 +172,8 @@ def vector_flags(views: Views, itemsize: int, addresses: Mapping[str, int]) -> i
         steps = (step for step, n in zip(view.strides[:-1], view.shape[:-1], strict=True) if n > 1)
         # What is still to be allocated starts on a boundary.
         aligned_base = view.copied or addresses.get(name, 0) % 16 == 0
-        if aligned_base and all(step * itemsize % 16 == 0 for step in steps):
+        whole = view.shape[-1] * itemsize % 16 == 0
+        if whole and aligned_base and all(step * itemsize % 16 == 0 for step in steps):
             flags |= bit
     return flags
 
