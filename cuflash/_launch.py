@@ -272,7 +272,8 @@ class PreparedForward:
             if self._views.copies:
                 xp, views = device.xp, self._views
                 q, k, v = (views.input(n, a, xp) for n, a in (("q", q), ("k", k), ("v", v)))
-                slopes = views.input("slope", slopes, xp)
+                if slopes is not None:
+                    slopes = views.input("slope", slopes, xp)
                 if views.views["out"].copied:
                     target = device.empty(views.views["out"].shape, out.dtype)
             at = device.pointer
