@@ -52,6 +52,14 @@ def contiguous_view(shape: tuple[int, ...], copied: bool = True) -> View:
     return View(shape, tuple(reversed(strides)), copied)
 
 
+def result_view(view: View) -> View:
+    """Where a kernel writes a result of this layout: there, or beside it when columns are not contiguous.
+
+    A result follows its argument's memory order, whichever that is.
+    """
+    return view if view.shape[-1] <= 1 or view.strides[-1] == 1 else contiguous_view(view.shape)
+
+
 def batch_strides(view: View, batch: tuple[int, ...], trailing: int) -> list[int]:
     """Strides along the Problem's batch axes; 0 where the array is broadcast."""
     own = view.shape[: len(view.shape) - trailing]
@@ -242,7 +250,7 @@ class PreparedForward:
         given = {name: array for name, array in given.items() if array is not None}
         found = {name: kernel_view(a, TRAILING[name] == 3) for name, a in given.items()}
         if out is None:
-            found["out"] = self._new_out.view
+            found["out"] = result_view(self._new_out.view)
         self._views = Views(problem, found)
         addresses = {name: device.pointer(array) for name, array in given.items()}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)

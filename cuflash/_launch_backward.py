@@ -23,6 +23,7 @@ from cuflash._launch import (
     contiguous_view,
     fill_shape,
     kernel_view,
+    result_view,
     steps_of,
     vector_flags,
 )
@@ -39,7 +40,11 @@ class Target:
     def __init__(self, problem: Problem, argument: Any, given: Any | None, name: str) -> None:
         shape = tuple(argument.shape)
         self.new = OrderedEmpty(shape, argument)
-        own = self.new.view if given is None else kernel_view(given, TRAILING[name] == 3)
+        has_columns = TRAILING[name] == 3
+        if given is not None:
+            own = kernel_view(given, has_columns)
+        else:
+            own = result_view(self.new.view) if has_columns else self.new.view
         batch = shape[: len(shape) - TRAILING[name]]
         self.full = problem.batch + shape[len(batch) :]
         # Slopes sum over what they are broadcast along in their own kernel.
