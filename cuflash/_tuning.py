@@ -1,14 +1,17 @@
 """Which tile sizes each architecture uses: tables of numbers, no rules.
 
-Rows are keyed by (architecture family, (HEAD_DIM, HEAD_DIM_V)). A tile is a trade between registers (a warp's accumulators), shared
-memory (how many blocks share a multiprocessor) and barriers.
+Rows are keyed by (architecture family, (HEAD_DIM, HEAD_DIM_V)). A tile is a trade between registers
+(a warp's accumulators), shared memory (how many blocks share a multiprocessor) and barriers.
 
-Forward, by example of head_dim 128: 4 warps of 32 rows hold 128 floats of output and 64 of scores per thread, so every fragment of
-K and V read from shared memory feeds two products; with 16 rows per warp shared memory would be the limit. One stage is 64 KiB
-and lets two blocks share an A100 multiprocessor; the second stage needs the 227 KiB of an H100. sm_86, 89 and 120 have 100 KiB per
-multiprocessor: two blocks of 48 KiB.
+Forward, by example of head_dim 128: 4 warps of 32 rows hold 128 floats of output and 64 of scores
+per thread, so every fragment of K and V read from shared memory feeds two products; with 16 rows per
+warp shared memory would be the limit. One stage is 64 KiB and lets two blocks share an A100
+multiprocessor; the second stage (one barrier per tile instead of two) needs the 227 KiB of an H100.
+sm_86, 89 and 120 have 100 KiB per multiprocessor: two blocks of 48 KiB. Turing carries tiles through
+registers on their way to shared memory: 16 rows per warp, and 8 warps to share one copy of K and V.
 
-Dates are those of the last change; "chosen" means from register counts and arithmetic, "measured" names the GPU.
+Dates are those of the last change; "chosen" means from register counts and arithmetic, "measured"
+names the GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class Tile:
     min_blocks : int
         Blocks per multiprocessor the register allocation must allow.
     q_in_registers : bool
-        Keep the fragments of Q in registers instead of reading them from shared memory for every key tile.
+        Keep the fragments of Q in registers instead of reading them from shared memory for every
+        key tile.
     """
 
     block_q: int
@@ -58,8 +62,8 @@ def family(arch: str) -> str:
 FORWARD: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(64, 64, 4, q_in_registers=True),
     ("sm_75", (64, 64)): Tile(64, 64, 4, q_in_registers=True),
-    ("sm_75", (96, 96)): Tile(64, 64, 4),
-    ("sm_75", (128, 128)): Tile(64, 64, 4),
+    ("sm_75", (96, 96)): Tile(128, 64, 8),
+    ("sm_75", (128, 128)): Tile(128, 64, 8),
     ("sm_75", (192, 128)): Tile(64, 32, 4),
     ("sm_75", (192, 192)): Tile(64, 32, 4),
     ("sm_75", (256, 256)): Tile(64, 16, 4),
@@ -82,7 +86,7 @@ FORWARD: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_90", (96, 96)): Tile(128, 64, 4, stages=2, min_blocks=2),
     ("sm_90", (128, 128)): Tile(128, 64, 4, stages=2, min_blocks=2),
     ("sm_90", (192, 128)): Tile(64, 64, 4, stages=2, min_blocks=2),
-    ("sm_90", (192, 192)): Tile(64, 64, 4, stages=2, min_blocks=1),
+    ("sm_90", (192, 192)): Tile(64, 64, 4, min_blocks=2),
     ("sm_90", (256, 256)): Tile(64, 64, 4, min_blocks=2),
 }
 
@@ -94,9 +98,7 @@ def forward_tile(arch: str, head_dim: int, head_dim_v: int) -> Tile:
 
 def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
     """Dynamic shared memory of forward: one tile of Q (later the output), `stages` tiles of K and V."""
-    return 2 * (
-        tile.block_q * head_dim + tile.stages * tile.block_k * (head_dim + head_dim_v)
-    )
+    return 2 * (tile.block_q * head_dim + tile.stages * tile.block_k * (head_dim + head_dim_v))
 
 
 # Backward. dkdv: a warp owns 16 or 32 keys and both gradients of them; queries stream past. dq: a warp owns 16 or 32 rows.
@@ -177,6 +179,11 @@ BACKWARD_ROWS: dict[str, Tile] = {
     "backward_convert": Tile(32, 32, 4),
     "backward_slopes": Tile(32, 32, 1),
 }
+
+
+def accumulates(arch: str, head_dim: int, head_dim_v: int, linear: bool) -> bool:
+    """Whether the dK/dV kernel can gather dQ on the way: on Turing the general variant has too few registers for it."""
+    return family(arch) != "sm_75" or linear or head_dim + head_dim_v < 256
 
 
 def backward_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Tile:
