@@ -101,7 +101,8 @@ def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
     return 2 * (tile.block_q * head_dim + tile.stages * tile.block_k * (head_dim + head_dim_v))
 
 
-# Backward. dkdv: a warp owns 16 or 32 keys and both gradients of them; queries stream past. dq: a warp owns 16 or 32 rows.
+# Backward. dkdv: a warp owns 16 or 32 keys and both gradients of them; queries stream past.
+# dq: a warp owns 16 or 32 rows.
 # 2026-11-20, chosen.
 BACKWARD_DKDV: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(64, 128, 4),

@@ -16,6 +16,7 @@ constexpr bool HAS_ASYNC_COPY =
 #endif
 
 constexpr unsigned FULL_WARP = 0xffffffffu;
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 DEV int lane_id() { return threadIdx.x % 32; }
 DEV int warp_id() { return threadIdx.x / 32; }

@@ -3,8 +3,6 @@
 
 #include "schedule.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
 // Relative error below 4e-7 everywhere: tanh.approx (5e-4) would be visible in the output.
 DEV float tanh_accurate(float x) {
     const float a = fabsf(x), x2 = x * x;

@@ -80,9 +80,8 @@ template <int M16> struct OnlineSoftmax {
                 total += __shfl_xor_sync(FULL_WARP, total, 2);
                 // The comparison is false for NaN, which thus reaches the output and lse.
                 inverse[m][half] = total == 0.f ? 0.f : 1.f / total;
-                lse[m][half] = total == 0.f ? neg_infinity()
-                                            : (in_log2(reference[m][half]) + lg2_approx(total)) *
-                                                  0.6931471805599453f;
+                const float log2_sum = in_log2(reference[m][half]) + lg2_approx(total);
+                lse[m][half] = total == 0.f ? neg_infinity() : log2_sum * LN_2;
             }
     }
 

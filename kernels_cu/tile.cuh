@@ -223,7 +223,7 @@ DEV void accumulator_to_shared(u32 smem, int row, const Accumulator<M16, N8>& ac
 template <class Tile, int ROWS_PER_WARP, bool VECTOR_ONLY>
 DEV void store_rows(const GlobalRows& gmem, u32 smem, int row, int first_row) {
     constexpr int CHUNKS = Tile::COLUMNS / 8;
-#pragma unroll 1
+#pragma unroll(VECTOR_ONLY ? 2 : 1)
     for (int i = lane_id(); i < ROWS_PER_WARP * CHUNKS; i += 32) {
         const int r = row + i / CHUNKS, column = i % CHUNKS * 8;
         if (first_row + r >= gmem.rows || column >= gmem.columns) continue;
