@@ -244,6 +244,7 @@ class Backward:
         slopes = "alibi_slopes" in wrt
         # Slope partials come from the dQ pass; without dK and dV there is nothing to share with.
         fused = "q" in wrt and keys and not deterministic and not slopes
+        fused = fused and _tuning.accumulates(arch, *dims, linear)
         own_dq = ("q" in wrt or slopes) and not fused
         return BackwardKernels(
             prepare=kernel("backward_prepare"),
@@ -260,7 +261,8 @@ class Backward:
                 for linear in (True, False):
                     for name in ("backward_prepare", "backward_dq", "backward_convert"):
                         yield self.specialization(name, arch, element, dims, linear)
-                    for accumulate in (False, True):
+                    both = _tuning.accumulates(arch, *dims, linear)
+                    for accumulate in (False, True) if both else (False,):
                         yield self.specialization(
                             "backward_dkdv", arch, element, dims, linear, accumulate
                         )

@@ -130,4 +130,15 @@ template <class Element, class Tile, int THREADS> DEV bool has_non_finite(u32 sm
     return __syncthreads_or(found);
 }
 
+// Loads a repaired tile again. Rare, hence by elements: the usual way would need registers that the
+// main loop does not have.
+template <class Tile, int THREADS>
+DEV void restore_tile(const GlobalRows& gmem, u32 smem, int first_row) {
+#pragma unroll 1
+    for (unsigned i = fresh_thread_id(); i < Tile::BYTES / 16; i += THREADS) {
+        const int r = i / (Tile::COLUMNS / 8), c = i % (Tile::COLUMNS / 8) * 8;
+        st_shared_v4(smem + Tile::offset(r, c), gather_chunk(gmem, first_row + r, c));
+    }
+}
+
 }  // namespace backward

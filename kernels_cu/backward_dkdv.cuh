@@ -71,8 +71,6 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         q_at = head_offset(work, p.q_strides, head);
         dout_at = head_offset(work, p.dout_strides, head);
         rows_at = ((i64)work.batch * p.shape.heads + head) * p.shape.len_q;
-        dk.zero();
-        dv.zero();
     }
 
     DEV_METHOD Work key_work() const { return decode(p.schedule, p.shape, p.shape.heads_kv); }
@@ -98,6 +96,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     // All rows of all query heads that see the tile.
     DEV_METHOD void walk() {
         const Range rows = mask.rows(keys());
+        dk.zero();
+        dv.zero();
         if (rows.empty()) return;
         const int first = rows.begin / C::BLOCK_Q, end = (rows.end - 1) / C::BLOCK_Q + 1;
         load_keys();
@@ -133,7 +133,6 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         if (repaired) add_back(first, end);
         if constexpr (ACCUMULATE_DQ) {
             if (repair_k) add_back_dq(first, end);
-            cp_async_wait<0>();
             __syncthreads();  // every warp has read all of K, over which gradients are staged next
         }
     }
@@ -228,9 +227,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                 layout.k);
         if (!repair) return;
         __syncthreads();
-        load_tile<TileK>(k_gmem(), layout.k, first_key);  // the next scores need K as it is
-        cp_async_commit();
-        // It is waited for together with the next tile of rows.
+        restore_tile<TileK, THREADS>(k_gmem(), layout.k,
+                                     first_key);  // the next scores need K as it is
     }
 
     DEV_METHOD void add_back_dq(int first, int end) {

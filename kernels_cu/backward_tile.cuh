@@ -19,8 +19,7 @@ namespace backward {
 
 // How many score columns to hold at a time, so that two score accumulators and the gradients fit the
 // 255 registers of a thread with what addresses and operands need. Turing also stages copies there.
-template <int M16, int GRADIENT_COLUMNS, int BLOCK>
-DEV constexpr int chunk_columns() {
+template <int M16, int GRADIENT_COLUMNS, int BLOCK> DEV constexpr int chunk_columns() {
     const int available = (HAS_ASYNC_COPY ? 191 : 127) - M16 * GRADIENT_COLUMNS / 2;
     const int columns = available >= 64 * M16 ? 64 : available >= 32 * M16 ? 32 : 16;
     return columns < BLOCK ? columns : BLOCK;
@@ -35,7 +34,8 @@ template <class Loader> DEV void load(Loader& loader, u32 smem, int first_row) {
 // The address of row `row` of a tile, as a value of unknown origin: what a product makes of it is not kept for the next one.
 template <class Tile> DEV u32 row_address(u32 smem, int row) {
     const u32 address = smem + row * Tile::ROW_BYTES;
-    return HAS_ASYNC_COPY ? opaque(address) : address;  // measured: Turing spills with it, not without
+    return HAS_ASYNC_COPY ? opaque(address)
+                          : address;  // measured: Turing spills with it, not without
 }
 
 // scores += A B^T over the head dim, 16 M16 rows of A from a_smem on, 8 N8 rows of B from b_smem on.
