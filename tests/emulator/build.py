@@ -76,7 +76,7 @@ def runtime() -> tuple[ctypes.CDLL, Path]:
 
 def optimisation(source: str) -> str:
     """Compiler option by size: generated code is a small part of the running time, so compilation decides."""
-    return "-Og" if source.count("\n") < 12000 else "-O0"
+    return "-Og" if source.count("\n") < 20000 else "-O0"
 
 
 def kernel_library(source: str) -> ctypes.CDLL:

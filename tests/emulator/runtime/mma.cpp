@@ -30,7 +30,8 @@ void widen(MatrixKind kind, const u16* from, float* to, u32 count) {  // count: 
         return;
     }
 #endif
-    for (u32 i = 0; i < count; ++i) to[i] = kind == MMA_BF16 ? from_bf16(from[i]) : from_f16(from[i]);
+    for (u32 i = 0; i < count; ++i)
+        to[i] = kind == MMA_BF16 ? from_bf16(from[i]) : from_f16(from[i]);
 }
 void gather_16bit(const MatrixOp& op, void** lanes, float (*A)[16], float (*B)[8]) {
     alignas(32) u16 a[16][16], b[16][8];  // bits first: whole rows are then converted at once
@@ -62,7 +63,8 @@ void gather_tf32(const MatrixOp& op, void** lanes, float (*A)[16], float (*B)[8]
 }
 // C += A B: products of the operands are exact in float; sums are rounded to nearest at each step, in order of k.
 void multiply(float (*A)[16], float (*B)[8], float (*C)[8], u32 K) {
-    for (u32 first = 0; first < 16; first += 8) {  // eight rows at a time hide the latency of the additions
+    for (u32 first = 0; first < 16;
+         first += 8) {  // eight rows at a time hide the latency of the additions
         Row sum[8];
         memcpy(sum, C[first], sizeof sum);
         for (u32 k = 0; k < K; ++k) {
@@ -77,8 +79,10 @@ void multiply(float (*A)[16], float (*B)[8], float (*C)[8], u32 K) {
 void run_mma(const MatrixOp& op, void** lanes) {
     alignas(32) float A[16][16], B[16][8], C[16][8];
     bool half_sums = op.kind == MMA_F16_F16;
-    if (op.kind == MMA_TF32) gather_tf32(op, lanes, A, B);
-    else gather_16bit(op, lanes, A, B);
+    if (op.kind == MMA_TF32)
+        gather_tf32(op, lanes, A, B);
+    else
+        gather_16bit(op, lanes, A, B);
     for (u32 i = 0; i < WARP; ++i) {
         const u32* registers = ((Lane*)lanes[i])->registers;
         u32 g = i >> 2, c = 2 * (i & 3);
@@ -95,8 +99,10 @@ void run_mma(const MatrixOp& op, void** lanes) {
         u32 g = i >> 2, c = 2 * (i & 3);
         for (u32 h = 0; h < 2; ++h) {
             float x = C[g + 8 * h][c], y = C[g + 8 * h][c + 1];
-            if (half_sums) registers[op.d[h]] = to_f16(x) | (u32)to_f16(y) << 16;
-            else registers[op.d[2 * h]] = bits(x), registers[op.d[2 * h + 1]] = bits(y);
+            if (half_sums)
+                registers[op.d[h]] = to_f16(x) | (u32)to_f16(y) << 16;
+            else
+                registers[op.d[2 * h]] = bits(x), registers[op.d[2 * h + 1]] = bits(y);
         }
     }
 }
@@ -130,8 +136,10 @@ void leader(void** lanes, u32) {
         const MatrixOp& op = first.ops[n];
         for (u32 i = 0; i < WARP; ++i) ((Lane*)lanes[i])->t->site = op.site;
         if (n) count_warp(*first.t);  // the meeting itself counts the first
-        if (op.kind == LDMATRIX) run_ldmatrix(op, lanes);
-        else run_mma(op, lanes);
+        if (op.kind == LDMATRIX)
+            run_ldmatrix(op, lanes);
+        else
+            run_mma(op, lanes);
     }
 }
 }  // namespace
