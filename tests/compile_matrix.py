@@ -6,13 +6,14 @@ and local memory, and what the compiler had to say.
     python -m tests.compile_matrix --both      # every kernel by both generations of NVRTC
 
 By default each kernel is built by one of two generations of NVRTC (see `generation_of`). The table
-is `tests/data/registers.json`.
+is `tests/data/registers.json`; the tests record it too when CUFLASH_RECORD_REGISTERS is set.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import fcntl
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ from tests.emulator.nvrtc import Nvrtc
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 GENERATIONS = (12, 13)
 TABLE = Path(__file__).parent / "data" / "registers.json"
+RECORD = "CUFLASH_RECORD_REGISTERS"
 # The register file is handed out in units of 8 registers per thread; below that nothing changes.
 REGISTER_UNIT = 8
 # Up to this head dim a kernel keeps everything in registers, on every architecture.
@@ -151,7 +153,6 @@ def table() -> dict[str, dict[str, list[int]]]:
 class Found(NamedTuple):
     """The result of one portion of the matrix."""
 
-    arch: str
     figures: dict[str, Usage]  # by the compiler of `generation_of`
     wrong: list[str]
     compiled: int
@@ -174,22 +175,37 @@ def compile_group(arch: str, group: str, generations: tuple[int, ...]) -> Found:
             if generation == generation_of(spec):
                 figures[spec.name] = usage
             wrong += complaints(spec, generation, usage, log)
-    return Found(arch, figures, wrong, compiled)
+    if os.environ.get(RECORD):
+        record(arch, figures)
+        wrong = [text for text in wrong if "recorded" not in text and "the table" not in text]
+    return Found(figures, wrong, compiled)
 
 
-def record(figures: dict[str, dict[str, Usage]]) -> None:
-    """Write the table: one kernel per line, sorted, so that a change reads well."""
-    versions = {str(g): ".".join(map(str, nvrtc(g).version)) for g in GENERATIONS}
-    architectures = []
-    for arch in ARCHITECTURES:
-        rows = sorted(figures[arch].items())
-        body = ",\n".join(f'   "{name}": {json.dumps(usage)}' for name, usage in rows)
-        architectures.append(f'  "{arch}": {{\n{body}\n  }}')
+def record(arch: str, figures: dict[str, Usage]) -> None:
+    """Put figures into the table: one kernel per line, sorted, so that a change reads well.
+
+    Processes of one run may record at the same time. Kernels that no longer exist are dropped.
+    """
     TABLE.parent.mkdir(exist_ok=True)
-    TABLE.write_text(
-        f'{{\n "nvrtc": {json.dumps(versions)},\n "columns": {json.dumps(Usage._fields)},\n'
-        ' "kernels": {\n' + ",\n".join(architectures) + "\n }\n}\n"
-    )
+    with TABLE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table.cache_clear()
+        known = {name: dict(table().get(name, {})) for name in ARCHITECTURES}
+        known[arch].update({name: list(usage) for name, usage in figures.items()})
+        parts = []
+        for name, rows in known.items():
+            exist = {spec.name for spec in kernels(name)}
+            lines = [
+                f'   "{k}": {json.dumps(row)}' for k, row in sorted(rows.items()) if k in exist
+            ]
+            parts.append(f'  "{name}": {{\n' + ",\n".join(lines) + "\n  }")
+        versions = {str(g): ".".join(map(str, nvrtc(g).version)) for g in GENERATIONS}
+        temporary = TABLE.with_suffix(".new")
+        temporary.write_text(
+            f'{{\n "nvrtc": {json.dumps(versions)},\n "columns": {json.dumps(Usage._fields)},\n'
+            ' "kernels": {\n' + ",\n".join(parts) + "\n }\n}\n"
+        )
+        temporary.replace(TABLE)
 
 
 def main() -> int:
@@ -203,7 +219,8 @@ def main() -> int:
     options = parser.parse_args()
     start = time.perf_counter()
     generations = GENERATIONS if options.both else ()
-    figures: dict[str, dict[str, Usage]] = {arch: {} for arch in ARCHITECTURES}
+    if options.record:
+        os.environ[RECORD] = "1"  # inherited by the processes below
     wrong: list[str] = []
     count = 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
@@ -212,12 +229,8 @@ def main() -> int:
         done = concurrent.futures.as_completed(futures)
         for future in tqdm(done, total=len(futures), unit="group", mininterval=1):
             found = future.result()
-            figures[found.arch].update(found.figures)
             wrong += found.wrong
             count += found.compiled
-    if options.record:
-        record(figures)
-        wrong = [text for text in wrong if "recorded" not in text and "the table" not in text]
     print("\n".join(wrong))
     print(f"{count} compilations in {time.perf_counter() - start:.0f} s, {len(wrong)} complaints")
     return 1 if wrong else 0

@@ -48,16 +48,30 @@ def test_names_are_unique() -> None:
         assert len({spec.name for spec in specs}) == len(specs)
 
 
-def test_a_spill_is_noticed() -> None:
+def test_what_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = next(s for s in matrix.kernels("sm_80") if s.head_dim == 64 and s.kernel == "forward")
-    clean = matrix.Usage(*matrix.table()["sm_80"][spec.name])
+    clean = matrix.Usage(registers=128, spill_stores=0, spill_loads=0, stack=0)
+    monkeypatch.setattr(matrix, "table", lambda: {"sm_80": {spec.name: list(clean)}})
     generation = matrix.generation_of(spec)
     assert matrix.complaints(spec, generation, clean, "") == []
+    assert matrix.complaints(spec, generation, clean._replace(registers=121), "") == []
     for worse in (
         clean._replace(spill_stores=4),
         clean._replace(stack=8),
-        clean._replace(registers=clean.registers + matrix.REGISTER_UNIT),
+        clean._replace(registers=129),
     ):
         assert matrix.complaints(spec, generation, worse, "")
     warning = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions"
     assert matrix.complaints(spec, generation, clean, warning)
+
+
+def test_the_log_of_ptxas_is_read() -> None:
+    log = """ptxas info    : Compiling entry function 'other' for 'sm_80'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 10 registers
+ptxas info    : Compiling entry function 'kernel' for 'sm_80'
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size"""
+    assert matrix.usage_in(log, "kernel") == matrix.Usage(255, 8, 4, 16)
+    with pytest.raises(ValueError, match="no entry missing"):
+        matrix.usage_in(log, "missing")
