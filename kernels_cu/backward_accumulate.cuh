@@ -66,8 +66,9 @@ template <class C> struct QueryAccumulator {
 
     template <int N8> DEV void reduce(float* dq_accum, int rows, int columns, int first_row,
                                       int first_column, const Accumulator<1, N8>& dq) {
-        const int lane = fresh_thread_id() % 32, odd = lane & 1;
+        const int lane = fresh_thread_id() % 32;
         if constexpr (HAS_VECTOR_REDUCTION) {
+            const int odd = lane & 1;
             // Neighbouring lanes swap, so that the even one has four columns of the upper row and the
             // odd one four of the lower: a quarter of the reductions.
             const int row = first_row + lane / 4 + 8 * odd;
