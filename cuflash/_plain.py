@@ -27,7 +27,7 @@ def forward(xp: Any, q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any, An
     s = (q @ k.swapaxes(-1, -2)).astype(kind, copy=False)
     s *= scale
     if causal:
-        s[..., hidden(xp, q.shape[-2], k.shape[-2])] = -xp.inf
+        s += xp.where(hidden(xp, q.shape[-2], k.shape[-2]), kind.type(-np.inf), kind.type(0))
     top = s.max(axis=-1, keepdims=True)
     s -= top
     xp.exp(s, out=s)
