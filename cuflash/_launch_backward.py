@@ -133,9 +133,9 @@ class PreparedBackward:
                 at[name] = device.pointer(held[-1])
             written = {}
             for name, result in results.items():
-                view = self._views.views[GRADIENTS[name]]
-                direct = not view.copied
-                written[name] = result if direct else device.empty(view.shape, result.dtype)
+                place = self._views.views[GRADIENTS[name]]
+                direct = not place.copied
+                written[name] = result if direct else device.empty(place.shape, result.dtype)
                 pointer = GRADIENTS[name]
                 at[POINTER.get(pointer, pointer)] = device.pointer(written[name])
             for scratch in self._plan.scratch:
