@@ -1,6 +1,6 @@
-// dQ gathered during the pass over the keys: every key tile adds its share dS K to a float32 workspace
-// by reductions in global memory. That saves forming the scores a second time; the order of the sums,
-// and with it the last bits of dQ, differs from run to run.
+// dQ gathered during the pass over the keys: every key tile adds its share dS K to a float32
+// workspace by reductions in global memory. That saves forming the scores a second time; the order
+// of the sums, and with it the last bits of dQ, differs from run to run.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -10,11 +10,13 @@ namespace backward {
 template <class C> struct QueryAccumulator {
     using Element = typename C::Element;
     using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
-    // dS^T of a whole tile of rows: keys come from all warps, so it has to pass through shared memory.
+    // dS^T of a whole tile of rows: keys come from all warps, so it has to pass through shared
+    // memory.
     using TileDs = SharedTile<C::BLOCK_K, (C::BLOCK_Q < 32 ? 32 : C::BLOCK_Q)>;
     static constexpr int THREADS = C::WARPS * 32;
 
-    // A warp makes 16 rows of dQ, `TOGETHER` blocks of 16 columns at a time; PARTS warps share the rows.
+    // A warp makes 16 rows of dQ, `TOGETHER` blocks of 16 columns at a time; PARTS warps share the
+    // rows.
     static constexpr int STRIPS = C::BLOCK_Q / 16, PARTS = C::WARPS / STRIPS;
     static_assert(C::WARPS % STRIPS == 0, "every strip of 16 rows has the same number of warps");
     static constexpr int BLOCKS = C::HEAD_DIM / 16, SHARE = (BLOCKS + PARTS - 1) / PARTS;
@@ -69,8 +71,8 @@ template <class C> struct QueryAccumulator {
         const int lane = fresh_thread_id() % 32;
         if constexpr (HAS_VECTOR_REDUCTION) {
             const int odd = lane & 1;
-            // Neighbouring lanes swap, so that the even one has four columns of the upper row and the
-            // odd one four of the lower: a quarter of the reductions.
+            // Neighbouring lanes swap, so that the even one has four columns of the upper row and
+            // the odd one four of the lower: a quarter of the reductions.
             const int row = first_row + lane / 4 + 8 * odd;
             float* to = dq_accum + (i64)row * C::HEAD_DIM + first_column + (lane & 2) * 2;
 #pragma unroll
@@ -98,7 +100,8 @@ template <class C> struct QueryAccumulator {
         }
     }
 
-    // What repairs of K took out of dQ: a NaN or inf in a key spreads to exactly the rows that see it.
+    // What repairs of K took out of dQ: a NaN or inf in a key spreads to exactly the rows that see
+    // it.
     template <class Mask> DEV void add_back(float* dq_accum, const GlobalRows& k_gmem,
                                             const Mask& mask, Range rows, Range keys) {
         const int count = (min(rows.end, mask.len_q) - rows.begin) * k_gmem.columns;

@@ -1,4 +1,5 @@
-// dq = scale * dq_accum, rounded once: the last step when dQ was gathered by floating-point reductions.
+// dq = scale * dq_accum, rounded once: the last step when dQ was gathered by floating-point
+// reductions.
 //
 // Grid: batch * heads * schedule.tiles blocks, schedule.tiles = ceil(len_q / BLOCK_Q).
 #pragma once

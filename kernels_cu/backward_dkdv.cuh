@@ -1,7 +1,9 @@
-// dK and dV: one block per key tile and key head walks the rows that see the tile, for every query head of the group. Gradients of
-// a group are summed in registers, in a fixed order: no atomics and no expanded K or V.
+// dK and dV: one block per key tile and key head walks the rows that see the tile, for every query
+// head of the group. Gradients of a group are summed in registers, in a fixed order: no atomics and
+// no expanded K or V.
 //
-// Grid: batch * heads_kv * schedule.tiles blocks, schedule.tiles = ceil(len_k / BLOCK_K). p.dk or p.dv may be null.
+// Grid: batch * heads_kv * schedule.tiles blocks, schedule.tiles = ceil(len_k / BLOCK_K). p.dk or
+// p.dv may be null.
 #pragma once
 
 #include "backward_accumulate.cuh"
@@ -35,10 +37,12 @@ template <class C> struct KeyLayout {
     static constexpr int DELTA = C::BLOCK_Q * 4;  // delta lies this far behind lse_log2
 };
 
-// One key tile of one key head. Both gradients at once, or (head dim 256, whose two accumulators do not fit the registers) one.
+// One key tile of one key head. Both gradients at once, or (head dim 256, whose two accumulators do
+// not fit the registers) one.
 //
-// Registers are the scarce thing here: two accumulators take half of a thread's 255. Whatever is cheap to work out again (the
-// block's work, a thread's place) is not kept across the loop, hence the fresh_* and opaque() calls.
+// Registers are the scarce thing here: two accumulators take half of a thread's 255. Whatever is
+// cheap to work out again (the block's work, a thread's place) is not kept across the loop, hence
+// the fresh_* and opaque() calls.
 template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using Element = typename C::Element;
     using Score = typename C::Score;
@@ -118,7 +122,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                 const bool wraps = tile + 1 == end, last = wraps && head + 1 == p.shape.group;
                 const int next_head = wraps ? head + 1 : head, next_tile = wraps ? first : tile + 1;
                 cp_async_wait<0>();
-                // After this barrier the tile is complete, and every warp is through with the tile before: its buffer is free.
+                // After this barrier the tile is complete, and every warp is through with the tile
+                // before: its buffer is free.
                 __syncthreads();
                 if (C::STAGES == 2 && !last) load_rows(next_head, next_tile, stage ^ 1);
                 repaired |= step(score, head, tile * C::BLOCK_Q, stage);
@@ -178,7 +183,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         load(loader, smem, row);
     }
 
-    // dV += P^T dO and dK += dS^T Q over one tile of rows. True if a NaN or inf was left out: add_back has to follow.
+    // dV += P^T dO and dK += dS^T Q over one tile of rows. True if a NaN or inf was left out:
+    // add_back has to follow.
     DEV_METHOD bool step(const Score& score, int head, int first_row, int stage) {
         const Range rows = {first_row, first_row + C::BLOCK_Q};
         const bool isolate = mask.isolates(rows, keys());
@@ -199,7 +205,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             score_gradients(score, s, ds, first_row, column, stage);
             if (cut) hide(s, ds, first_row + column);
             if (isolate) {
-                // Scores come from Q and dO as they are, so every warp must have its own before the repair.
+                // Scores come from Q and dO as they are, so every warp must have its own before the
+                // repair.
                 __syncthreads();
                 if (WANT_DV)
                     repaired |= remove_non_finite<Element, TileDout, THREADS, CHUNK>(
@@ -247,8 +254,9 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         return p.dq_accum + (rows_at + (i64)head * p.shape.len_q + row) * C::HEAD_DIM;
     }
 
-    // What repairs took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that the row sees. Walks the tiles that
-    // are repaired (the others met their NaN and inf in the products); after the main loop, where registers are free.
+    // What repairs took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that
+    // the row sees. Walks the tiles that are repaired (the others met their NaN and inf in the
+    // products); after the main loop, where registers are free.
     DEV_METHOD void add_back(int first, int end) {
         const auto sees = [&](int j, int i) { return mask.keep(i, j); };
 #pragma unroll 1
@@ -265,7 +273,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             }
     }
 
-    // s: in raw products, out P. ds: in dP, out dS. Keys along the accumulator's rows, queries along its columns.
+    // s: in raw products, out P. ds: in dP, out dS. Keys along the accumulator's rows, queries
+    // along its columns.
     template <int N8> DEV_METHOD void score_gradients(const Score& score, Accumulator<M16, N8>& s,
                                                       Accumulator<M16, N8>& ds, int first_row,
                                                       int column, int stage) {
@@ -335,7 +344,8 @@ template <class C> __device__ void backward_dkdv(const BackwardParams& p) {
         block.walk();
         block.finish();
     } else {
-        // 2 x 128 accumulator registers leave none to work with: the scores are computed twice instead.
+        // 2 x 128 accumulator registers leave none to work with: the scores are computed twice
+        // instead.
         if (p.dv != nullptr) {
             backward::KeyBlock<C, false, true> block(p, shared_address(shared_memory));
             block.walk();

@@ -1,5 +1,6 @@
-// dQ without atomics: one block per query tile and head walks the keys its rows see. Bitwise reproducible.
-// With p.slope_partial it also leaves the tile's share of the ALiBi slope's gradient; p.dq may be null then.
+// dQ without atomics: one block per query tile and head walks the keys its rows see. Bitwise
+// reproducible. With p.slope_partial it also leaves the tile's share of the ALiBi slope's gradient;
+// p.dq may be null then.
 //
 // Grid: batch * heads * schedule.tiles blocks, schedule.tiles = ceil(len_q / BLOCK_Q).
 #pragma once
@@ -104,7 +105,8 @@ template <class C> struct QueryBlock {
         for (int tile = first; tile < end; ++tile) {
             const bool last = tile + 1 == end;
             cp_async_wait<0>();
-            // After this barrier the tile is complete, and every warp is through with the tile before: its buffer is free.
+            // After this barrier the tile is complete, and every warp is through with the tile
+            // before: its buffer is free.
             __syncthreads();
             if (C::STAGES == 2 && !last) load_keys(tile + 1, stage ^ 1);
             repaired |= step(tile * C::BLOCK_K, layout.k(stage), layout.v(stage));
@@ -160,8 +162,9 @@ template <class C> struct QueryBlock {
         return repaired;
     }
 
-    // What repairs took out of dQ: a NaN or inf in a key spreads to exactly the rows that see it. Walks the tiles that are repaired
-    // (the others met their NaN and inf in the products); after the main loop, where registers are free.
+    // What repairs took out of dQ: a NaN or inf in a key spreads to exactly the rows that see it.
+    // Walks the tiles that are repaired (the others met their NaN and inf in the products); after
+    // the main loop, where registers are free.
     DEV_METHOD void add_back(int first, int end) {
         const auto sees = [&](int i, int j) { return mask.keep(i, j); };
 #pragma unroll 1
@@ -207,7 +210,8 @@ template <class C> struct QueryBlock {
                         s.x[m][n][e] = ds.x[m][n][e] = 0.f;
     }
 
-    // From gradients of the logit to dS; the sum for the slope is taken in between, ALiBi being added after the soft cap.
+    // From gradients of the logit to dS; the sum for the slope is taken in between, ALiBi being
+    // added after the soft cap.
     template <int N8> DEV_METHOD void score_gradients(const Accumulator<M16, N8>& s,
                                                       Accumulator<M16, N8>& ds, int first_key) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,

@@ -1,4 +1,5 @@
-// What backward needs once per query row: delta = rowsum(dout * out) - dlse, and lse in the units of exp2.
+// What backward needs once per query row: delta = rowsum(dout * out) - dlse, and lse in the units
+// of exp2.
 //
 // Grid: batch * heads * schedule.tiles blocks, schedule.tiles = ceil(len_q / BLOCK_Q).
 #pragma once
@@ -35,7 +36,8 @@ DEV float dot_8(const u16* x, const u16* y, int first, int columns, bool vector)
 }  // namespace backward
 
 template <class C> __device__ void backward_prepare(const BackwardParams& p) {
-    // A power of two lanes per row, eight columns per lane: 16-byte loads, and the sum is a butterfly inside the group.
+    // A power of two lanes per row, eight columns per lane: 16-byte loads, and the sum is a
+    // butterfly inside the group.
     constexpr int LANES = C::HEAD_DIM_V <= 32    ? 4
                           : C::HEAD_DIM_V <= 64  ? 8
                           : C::HEAD_DIM_V <= 128 ? 16

@@ -1,7 +1,8 @@
-// Gradient of the ALiBi slopes: sums of the partials that backward_dq left per query tile, in a fixed order.
+// Gradient of the ALiBi slopes: sums of the partials that backward_dq left per query tile, in a
+// fixed order.
 //
-// Grid: batch * heads blocks. Slopes broadcast over a batch axis have stride 0 there in dslope_strides: the block at index 0
-// of those axes sums over all of them, the others leave.
+// Grid: batch * heads blocks. Slopes broadcast over a batch axis have stride 0 there in
+// dslope_strides: the block at index 0 of those axes sums over all of them, the others leave.
 #pragma once
 
 #include "masks.cuh"

@@ -1,12 +1,13 @@
-// The steps that dK/dV and dQ share. Both kernels are the same loop with the roles of queries and keys exchanged:
+// The steps that dK/dV and dQ share. Both kernels are the same loop with queries and keys exchanged:
 //
-//                 rows (a warp owns 16 or 32; resident)   columns (tiles stream past)   accumulates
-//   backward_dkdv keys:    K, V                           queries: Q, dO                dV += P^T dO, dK += dS^T Q
-//   backward_dq   queries: Q, dO                          keys:    K, V                 dQ += dS K
+//          rows (a warp owns 16 or 32)   columns (tiles stream)   accumulates
+//   dkdv   keys:    K, V resident        queries: Q, dO           dV += P^T dO, dK += dS^T Q
+//   dq     queries: Q, dO resident       keys:    K, V            dQ += dS K
 //
-// Scores are formed rows x columns, so dkdv works on S^T = K Q^T. The accumulator layout of two neighbouring 8-column blocks is
-// the A layout of one 16-wide product step: P and dS go from the scores into the gradient products without leaving registers.
-// That costs no shared memory, no barrier between the products and no sum across warps; the price is that the statistics of a
+// Scores are formed rows x columns, so dkdv works on S^T = K Q^T. The accumulator layout of two
+// neighbouring 8-column blocks is the A layout of one 16-wide product step: P and dS go from the
+// scores into the gradient products without leaving registers. That costs no shared memory, no
+// barrier between the products and no sum across warps; the price is that the statistics of a
 // query (lse, delta) lie along columns in dkdv and are read from shared memory.
 #pragma once
 
@@ -17,8 +18,9 @@
 
 namespace backward {
 
-// How many score columns to hold at a time, so that two score accumulators and the gradients fit the
-// 255 registers of a thread with what addresses and operands need. Turing also stages copies there.
+// How many score columns to hold at a time, so that two score accumulators and the gradients fit
+// the 255 registers of a thread with what addresses and operands need. Turing also stages copies
+// there.
 template <int M16, int GRADIENT_COLUMNS, int BLOCK> DEV constexpr int chunk_columns() {
     const int available = (HAS_ASYNC_COPY ? 191 : 127) - M16 * GRADIENT_COLUMNS / 2;
     const int columns = available >= 64 * M16 ? 64 : available >= 32 * M16 ? 32 : 16;
@@ -31,14 +33,16 @@ template <class Loader> DEV void load(Loader& loader, u32 smem, int first_row) {
     if (!HAS_ASYNC_COPY) loader.template land<0>(smem);
 }
 
-// The address of row `row` of a tile, as a value of unknown origin: what a product makes of it is not kept for the next one.
+// The address of row `row` of a tile, as a value of unknown origin: what a product makes of it is
+// not kept for the next one.
 template <class Tile> DEV u32 row_address(u32 smem, int row) {
     const u32 address = smem + row * Tile::ROW_BYTES;
     return HAS_ASYNC_COPY ? opaque(address)
                           : address;  // measured: Turing spills with it, not without
 }
 
-// scores += A B^T over the head dim, 16 M16 rows of A from a_smem on, 8 N8 rows of B from b_smem on.
+// scores += A B^T over the head dim, 16 M16 rows of A from a_smem on, 8 N8 rows of B from b_smem
+// on.
 template <class Element, class TileA, class TileB, int M16, int N8>
 DEV void multiply_transposed(Accumulator<M16, N8>& scores, u32 a_smem, u32 b_smem) {
     static_assert(TileA::COLUMNS == TileB::COLUMNS, "both operands run over the head dim");
@@ -84,13 +88,14 @@ DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient,
     }
 }
 
-// P of one pair. lse_log2 is rounded, so for huge logits the difference may come out positive: P is at most 1. NaN must pass (a
-// plain fminf would drop it).
+// P of one pair. lse_log2 is rounded, so for huge logits the difference may come out positive: P
+// is at most 1. NaN must pass (a plain fminf would drop it).
 DEV float probability(float logit_log2, float lse_log2) {
     return ex2_approx(min_or_nan(logit_log2 - lse_log2, 0.f));
 }
 
-// A gradient to its rows in global memory, times `factor`: through the warp's own rows of a tile that it has no more use for.
+// A gradient to its rows in global memory, times `factor`: through the warp's own rows of a tile
+// that it has no more use for.
 template <class C, class Tile, int M16>
 DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row,
                         const Accumulator<M16, Tile::COLUMNS / 8>& acc, float factor) {
@@ -103,7 +108,8 @@ DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row
     store_rows<Tile, 16 * M16, C::VECTOR_ONLY>(gmem, smem, row, first_row);
 }
 
-// The sum of `x` over the block in a fixed order, valid in thread 0. `scratch`: one float per warp, no longer in use.
+// The sum of `x` over the block in a fixed order, valid in thread 0. `scratch`: one float per
+// warp, no longer in use.
 template <int WARPS> DEV float block_sum(float x, u32 scratch) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
