@@ -267,7 +267,7 @@ class Machine:
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         times: list[float] = []
-        budget = time.perf_counter() + 2.0
+        budget = time.perf_counter() + 1.0
         while len(times) < (10 if self.is_gpu else 3):
             times.append(self._once(call))
             if time.perf_counter() > budget:
