@@ -25,7 +25,7 @@ HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DIM_PAIRS = (*((d, d) for d in HEAD_DIMS), (192, 128))
 
 MAX_GRID = 2**31 - 1
-MAX_EXTENT = 2**30  # so that a row index plus a band bound fits 32 bits
+MAX_EXTENT = 2**30 - 2  # so that a row index plus a band bound plus one fits 32 bits
 
 
 def dim_pair(head_dim: int, head_dim_v: int) -> tuple[int, int]:

@@ -27,20 +27,18 @@ _DEFAULT_SHARED_MEMORY = 48 * 1024
 class CupyKernel:
     """One loaded function; a call launches it on CuPy's current stream."""
 
-    __slots__ = ("_function", "_granted", "_type")
+    __slots__ = ("_function", "_type")
 
-    def __init__(self, function: Any, params_bytes: int) -> None:
+    def __init__(self, function: Any, params_bytes: int, shared_memory: int) -> None:
         self._function = function
         # A one-element array of a void type is passed to the kernel by value.
         self._type = np.dtype((np.void, params_bytes))
-        self._granted = _DEFAULT_SHARED_MEMORY
+        if shared_memory > _DEFAULT_SHARED_MEMORY:
+            # More than 48 KiB must be asked for, per function and per device.
+            driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_MEMORY, shared_memory)
 
     def __call__(self, grid: int, block: int, shared_memory: int, params: bytes) -> None:
         """Launch; see `cuflash._device.Kernel`."""
-        if shared_memory > self._granted:
-            # More than 48 KiB must be asked for, per function and per device.
-            driver.funcSetAttribute(self._function.ptr, _MAX_DYNAMIC_SHARED_MEMORY, shared_memory)
-            self._granted = shared_memory
         self._function((grid,), (block,), (np.frombuffer(params, self._type),), shared_memory)
 
 
@@ -87,8 +85,10 @@ class CupyDevice:
                 module = Module()
                 module.load(cubin)
                 function = module.get_function(spec.name)
-            itemsize = STRUCTS[_compile.PARAMS[spec.kernel]].itemsize
-            kernel = self._kernels.setdefault(spec, CupyKernel(function, itemsize))
+                itemsize = STRUCTS[_compile.PARAMS[spec.kernel]].itemsize
+                shared = dict(spec.constants).get("SHARED_BYTES", 0)
+                kernel = CupyKernel(function, itemsize, shared)
+            kernel = self._kernels.setdefault(spec, kernel)
         return kernel
 
 

@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _params, _plan
+from cuflash import _dtypes, _params, _plan
 from cuflash._device import Device
 from cuflash._order import axes_by_stride
 from cuflash._problem import Problem
-
-LSE_DTYPE = np.dtype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +138,13 @@ class Views:
         """Merged extents, slowest first, padded with 1."""
         return [1] * (_params.MAX_BATCH_AXES - len(self.extents)) + self.extents
 
-    def input(self, name: str, array: Any, xp: Any) -> Any:
-        """The array a kernel reads: itself, or a fresh copy."""
-        view = self.views[name]
-        if array is None or not view.copied:
+    def input(self, name: str, array: Any, device: Device) -> Any:
+        """The array a kernel reads: itself, or a fresh copy (whose rows are aligned, as flagged)."""
+        if array is None or not self.views[name].copied:
             return array
-        return xp.ascontiguousarray(xp.broadcast_to(array, view.shape))
+        copy = device.empty(self.views[name].shape, array.dtype)
+        copy[...] = array
+        return copy
 
 
 def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -> None:
@@ -241,6 +240,7 @@ class PreparedForward:
         self._device, self._problem = device, problem
         self._out_shape = (*problem.batch, problem.heads, problem.len_q, problem.head_dim_v)
         self._lse_shape = self._out_shape[:-1]
+        self._lse_dtype = _dtypes.BY_NAME[problem.dtype].lse
         self._new_out = OrderedEmpty(self._out_shape, arrays["q"])
         self._empty = 0 in self._lse_shape or problem.len_k == 0
         if self._empty:
@@ -271,17 +271,17 @@ class PreparedForward:
         with device.activate():
             if out is None:
                 out = self._new_out(device, q.dtype)
-            lse = device.empty(self._lse_shape, LSE_DTYPE)
+            lse = device.empty(self._lse_shape, self._lse_dtype)
             if self._empty:
                 out[...] = 0
                 lse[...] = -np.inf
                 return out, lse
             target = out
             if self._views.copies:
-                xp, views = device.xp, self._views
-                q, k, v = (views.input(n, a, xp) for n, a in (("q", q), ("k", k), ("v", v)))
+                views = self._views
+                q, k, v = (views.input(n, a, device) for n, a in (("q", q), ("k", k), ("v", v)))
                 if slopes is not None:
-                    slopes = views.input("slope", slopes, xp)
+                    slopes = views.input("slope", slopes, device)
                 if views.views["out"].copied:
                     target = device.empty(views.views["out"].shape, out.dtype)
             at = device.pointer

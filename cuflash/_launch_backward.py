@@ -129,7 +129,7 @@ class PreparedBackward:
                 if array is None:
                     continue
                 view = "slope" if name == "alibi_slopes" else name
-                held.append(self._views.input(view, array, device.xp))
+                held.append(self._views.input(view, array, device))
                 at[name] = device.pointer(held[-1])
             written = {}
             for name, result in results.items():

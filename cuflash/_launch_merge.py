@@ -11,7 +11,7 @@ from cuflash import _params
 from cuflash._compile import Specialization
 from cuflash._device import Device
 from cuflash._errors import UnsupportedError
-from cuflash._launch import LSE_DTYPE, OrderedEmpty, contiguous_view, kernel_view, merge_axes
+from cuflash._launch import OrderedEmpty, contiguous_view, kernel_view, merge_axes
 
 WARPS = 4
 FLOAT = np.dtype(np.float32)
@@ -29,11 +29,11 @@ def merge(
     """Merge parts; every out is (*B, H, Lq, Dv), every lse (*B, H, Lq) float32."""
     first = outs[0]
     shape = tuple(first.shape)
-    if out is None:
-        out = OrderedEmpty(shape, first)(device, first.dtype)
     with device.activate():
+        if out is None:
+            out = OrderedEmpty(shape, first)(device, first.dtype)
         if 0 in shape[:-1]:
-            return out, device.empty(shape[:-1], LSE_DTYPE)
+            return out, device.empty(shape[:-1], FLOAT)
         xp = device.xp
         outs = [xp.ascontiguousarray(part) for part in outs]
         lses = [xp.ascontiguousarray(part) for part in lses]
@@ -54,7 +54,7 @@ def _merge_once(
 ) -> tuple[Any, Any]:
     """One launch over at most 32 contiguous parts, into `out` or a new float32 array."""
     shape = tuple(outs[0].shape)
-    lse = device.empty(shape[:-1], LSE_DTYPE)
+    lse = device.empty(shape[:-1], FLOAT)
     if out is None:
         out = device.empty(shape, FLOAT)
     view = kernel_view(out)

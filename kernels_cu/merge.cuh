@@ -47,6 +47,7 @@ __device__ void merge(const MergeParams& p) {
     // All parts empty: (-inf) - (-inf) would be NaN.
     const float shift = top == minus_inf ? 0.f : top;
     float weight = expf(part_lse - shift);
+    const u32 without_keys = __ballot_sync(0xffffffffu, part_lse == minus_inf);
     const float total = merge_detail::warp_sum(weight);
     weight = total == 0.f ? 0.f : weight / total;
     if (lane == 0) p.lse[row] = total == 0.f ? minus_inf : shift + logf(total);
@@ -57,8 +58,9 @@ __device__ void merge(const MergeParams& p) {
         float sum = 0.f;
         for (int part = 0; part < p.parts; ++part) {
             const float w = __shfl_sync(0xffffffffu, weight, part);
-            // A part without keys has weight 0 and must not matter, whatever it holds.
-            if (w == 0.f || col >= p.head_dim_v) continue;
+            // A part without keys must not matter, whatever it holds. One whose weight merely
+            // underflowed does: a NaN in it is a NaN of the row.
+            if (without_keys >> part & 1 || col >= p.head_dim_v) continue;
             const i64 at = row * p.head_dim_v + col;
             const float x = p.outs_are_float ? ((const float*)p.outs[part])[at]
                                              : Element::to_float(((const u16*)p.outs[part])[at]);

@@ -46,8 +46,12 @@ template <int M16> struct OnlineSoftmax {
             for (int half = 0; half < 2; ++half) {
                 const float highest = fmaxf(row_maximum(s.x[m], half), reference[m][half]);
                 const float before = in_log2(reference[m][half]), after = in_log2(highest);
-                const bool moves = after - before > HEADROOM;
-                growth[m][half] = moves ? ex2_approx(before - after) : 1.f;
+                // Two huge maxima may round to one product; their difference is exact before the
+                // multiplication (and infinite when there was no maximum, so that growth is 0).
+                const float rise =
+                    is_huge(after) ? (highest - reference[m][half]) * c : after - before;
+                const bool moves = rise > HEADROOM;
+                growth[m][half] = moves ? ex2_approx(-rise) : 1.f;
                 offset[m][half] = moves ? after : before;
                 reference[m][half] = moves ? highest : reference[m][half];
                 sum[m][half] *= growth[m][half];

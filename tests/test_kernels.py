@@ -168,3 +168,34 @@ def test_kernels_are_named_after_what_they_compute(dtype: str, element: str) -> 
         (name, *_), *_ = machine.device.launches
     assert out.dtype == np.dtype(data.q.dtype)
     assert name == f"forward_{element}_d64_linear"
+
+
+def test_two_huge_maxima_that_round_to_one_product() -> None:
+    """Beside museum C3: key 100 beats key 10 by 16 in log2 units, at raw scores near 2^31.
+
+    In log2 units both scores round to the same number, so the newer maximum must be recognised before the multiplication.
+    """
+    q, k = np.zeros((1, 1, 64), np.float16), np.zeros((1, 128, 64), np.float16)
+    v = np.random.default_rng(0).standard_normal((1, 128, 64)).astype(np.float16)
+    q[0, 0, :2] = 30000, 1
+    k[0, [10, 100], 0] = 65504
+    k[0, 100, 1] = 128
+    with Emulator("sm_80") as machine:
+        out = machine.attention(q, k, v)
+    assert same_bits(out[0, 0], v[0, 100])
+
+
+def test_copies_for_many_batch_axes_are_aligned_whatever_the_array_was() -> None:
+    """Five batch axes that cannot be merged make the host copy; a q at an odd address is copied too."""
+    batch, rng = (2, 2, 2, 2, 2), np.random.default_rng(0)
+    memory = rng.standard_normal(32 * 24 + 1).astype(np.float16)
+    start = 1 if memory.ctypes.data % 16 == 0 else 0
+    q = memory[start : start + 32 * 24].reshape(*batch, 1, 3, 8)
+    assert q.ctypes.data % 16 != 0 and q.flags.c_contiguous
+    k = rng.standard_normal((1, 5, *batch, 8)).astype(np.float16).transpose(6, 5, 4, 3, 2, 0, 1, 7)
+    v = rng.standard_normal((*batch, 1, 5, 8)).astype(np.float16)
+    with Emulator("sm_80") as machine:
+        out, grads = machine.vjp(q, k, v, dout=q)
+        plain, plain_grads = machine.vjp(q.copy(), np.ascontiguousarray(k), v, dout=q.copy())
+    assert np.array_equal(out, plain)
+    assert np.allclose(grads.k.astype("f4"), plain_grads.k.astype("f4"), atol=1e-3)

@@ -100,7 +100,8 @@ class Nvrtc:
             )
         )
         try:
-            arguments = [o.encode() for o in (f"-arch={arch}", *OPTIONS, *options)]
+            # The caller's -I comes first: the sources of another tree must not be mixed with ours.
+            arguments = [o.encode() for o in (f"-arch={arch}", *options, *OPTIONS)]
             array = (ctypes.c_char_p * len(arguments))(*arguments)
             code = self._lib.nvrtcCompileProgram(program, len(arguments), array)
             self.log = self._get(program, "ProgramLog").rstrip(b"\0").decode()
