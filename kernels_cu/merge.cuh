@@ -34,8 +34,7 @@ __device__ __forceinline__ i64 out_row(const MergeParams& p, i64 row) {
 }  // namespace merge_detail
 
 // One warp per row; lane i owns the lse of part i.
-template <class C>
-__device__ void merge(const MergeParams& p) {
+template <class C> __device__ void merge(const MergeParams& p) {
     using Element = typename C::Element;
     const i64 row = (i64)blockIdx.x * C::WARPS + threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
