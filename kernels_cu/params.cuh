@@ -7,8 +7,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-constexpr int MAX_BATCH_AXES =
-    4;  // after merging; more axes that cannot be merged are copied by the host
+// After merging; the host copies arrays with more axes that cannot be merged.
+constexpr int MAX_BATCH_AXES = 4;
 
 // Element (not byte) strides of one array seen as (*B, H, L, D); the last axis always has stride 1.
 struct Strides {
@@ -22,8 +22,8 @@ struct Shape {
     int batch_extent[MAX_BATCH_AXES];   // slowest first, padded with 1
     int batch, heads, heads_kv, group;  // group = heads / heads_kv
     int len_q, len_k, head_dim, head_dim_v;
-    int band_low,
-        band_high;  // row i sees keys j with i + band_low <= j <= i + band_high, clamped by the host
+    // Row i sees keys j with i + band_low <= j <= i + band_high, clamped by the host.
+    int band_low, band_high;
     int q_offset;   // row i sits at position i + q_offset of the key axis (ALiBi)
     float scale;    // natural units; any sign
     float softcap;  // 0: none
@@ -67,11 +67,11 @@ struct BackwardParams {
     void* dk;
     void* dv;
     void* dslopes;  // [slope shape], null: not wanted
-    float*
-        lse_log2;  // workspace [B, H, Lq]: lse * log2(e); +inf for rows that see no key, so that P = 0
+    // Workspace [B, H, Lq]: lse * log2(e); +inf for rows that see no key, so that P = 0.
+    float* lse_log2;
     float* delta;  // workspace [B, H, Lq]: rowsum(dout * out) - dlse
-    float*
-        dq_accum;  // workspace [B, H, Lq, HEAD_DIM] float, null when dq is computed by its own pass
+    // Workspace [B, H, Lq, HEAD_DIM]; null when dq is computed by its own pass.
+    float* dq_accum;
     float* slope_partial;  // workspace [B, H, q tiles]
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, dlse_strides;
     Strides dq_strides, dk_strides, dv_strides, slope_strides, dslope_strides;
