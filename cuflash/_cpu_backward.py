@@ -10,12 +10,14 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from ._cpu_scores import Alibi, Place
+from ._cpu_threads import run, threads_for
 from ._cpu_tiles import Call, for_blas, stack_rows, units, visible_matmul
 from ._options import Options
 from ._order import empty_like_order
@@ -25,6 +27,7 @@ from ._order import empty_like_order
 class _Unit:
     """One unit's operands and sums; a gradient that nobody asked for is None."""
 
+    index: int
     place: tuple[slice, ...]
     q: np.ndarray  # (*unit, G, Lq, D)
     k: np.ndarray  # (*unit, Lk, D)
@@ -111,11 +114,10 @@ def backward(
             grads[name] = buffer
     for grad in grads.values():
         grad[...] = 0
-    # NaN, inf and overflow of the user's numbers are results here, not accidents worth a warning.
-    with np.errstate(all="ignore"):
-        if lse.size and call.shape.len_k:
-            _backward_units(call, dout, q, k, v, out, lse, dlse, grads)
-        if "alibi_slopes" in wrt:
+    if lse.size and call.shape.len_k:
+        _backward_units(call, dout, q, k, v, out, lse, dlse, grads)
+    if "alibi_slopes" in wrt:
+        with np.errstate(all="ignore"):
             grads["alibi_slopes"] = next(s for s in call.scores if isinstance(s, Alibi)).gradient()
     return grads
 
@@ -131,29 +133,50 @@ def _backward_units(
     dlse: np.ndarray | None,
     grads: dict[str, np.ndarray],
 ) -> None:
-    """All units, in order: those that share keys (k or v broadcast) add to the same sums."""
+    """All units, each by one thread: the sums over its rows have one order, however many there are.
+
+    A call of one unit leaves its products to the threads of BLAS.
+    """
     shape, rows = call.shape, call.shape.group_rows
-    sums = {n: _KeySum(grads[n], shape.outer, call.dtype) for n in ("k", "v") if n in grads}
+    sums: dict[str, _KeySum] = {
+        n: _KeySum(grads[n], shape.outer, call.dtype) for n in ("k", "v") if n in grads
+    }
     all_k, all_v = shape.spread(k), shape.spread(v)
-    for place in units(shape.outer, call.tiling.heads):
-        own = {name: total.begin(place) for name, total in sums.items()}
-        unit = _Unit(
-            place,
-            q=rows(q)[place],
-            k=call.whole(all_k[place]),
-            v=call.whole(all_v[place]),
-            dout=rows(dout)[place],
-            out=rows(out)[place],
-            lse=rows(lse)[place],
-            dlse=None if dlse is None else rows(dlse)[place],
-            dq=rows(grads["q"])[place] if "q" in grads else None,
-            dk=own.get("k"),
-            dv=own.get("v"),
-        )
-        for q0, q1 in call.row_tiles():
-            _backward_rows(call, unit, q0, q1)
-        for name, total in sums.items():
-            total.end(place, own[name])
+    places = list(units(shape.outer, call.tiling.heads))
+
+    def items() -> Iterator[_Unit]:
+        for index, place in enumerate(places):
+            own = {name: total.begin(place) for name, total in sums.items()}
+            yield _Unit(
+                index,
+                place,
+                q=rows(q)[place],
+                k=call.whole(all_k[place]),
+                v=call.whole(all_v[place]),
+                dout=rows(dout)[place],
+                out=rows(out)[place],
+                lse=rows(lse)[place],
+                dlse=None if dlse is None else rows(dlse)[place],
+                dq=rows(grads["q"])[place] if "q" in grads else None,
+                dk=own.get("k"),
+                dv=own.get("v"),
+            )
+
+    def worker(stopped: Callable[[], bool]) -> Callable[[_Unit], None]:
+        own = call.own()
+
+        def whole(unit: _Unit) -> None:
+            for q0, q1 in own.row_tiles():
+                if stopped():
+                    return
+                _backward_rows(own, unit, q0, q1)
+            for name, part in (("k", unit.dk), ("v", unit.dv)):
+                if part is not None:
+                    sums[name].end(unit.index, unit.place, part)
+
+        return whole
+
+    run(items(), worker, threads_for(len(places), call.pairs()))
     for total in sums.values():
         total.finish()
 
@@ -163,7 +186,8 @@ class _KeySum:
 
     In the gradient itself when its dtype is wide enough and every unit has keys of its own. A
     narrow gradient gets one wide sum per unit; keys that several units share (k or v broadcast over
-    a batch axis) one for all of them.
+    a batch axis) one for all of them, to which the units' parts are added in the units' order,
+    whichever thread is done first.
     """
 
     def __init__(self, grad: np.ndarray, outer: tuple[int, ...], dtype: np.dtype) -> None:
@@ -171,6 +195,9 @@ class _KeySum:
         self.grad, self.outer, self.dtype = grad, outer, dtype
         self.in_place = grad.dtype == dtype and grad.shape[:-2] == outer
         self.shared = None if grad.shape[:-2] == outer else np.zeros(grad.shape, dtype=dtype)
+        self.lock = threading.Lock()
+        self.waiting: dict[int, tuple[tuple[slice, ...], np.ndarray]] = {}
+        self.added = 0
 
     def begin(self, place: tuple[slice, ...]) -> np.ndarray:
         """The array that a unit adds its tiles to."""
@@ -179,19 +206,28 @@ class _KeySum:
         extents = (len(range(*cut.indices(n))) for cut, n in zip(place, self.outer, strict=True))
         return np.zeros((*extents, *self.grad.shape[-2:]), dtype=self.dtype)
 
-    def end(self, place: tuple[slice, ...], part: np.ndarray) -> None:
-        """Take a finished unit's sum."""
+    def end(self, index: int, place: tuple[slice, ...], part: np.ndarray) -> None:
+        """Take the finished sum of the unit of this index."""
         if self.shared is not None:
-            axes = tuple(a for a, n in enumerate(self.shared.shape[:-2]) if n == 1)
-            where = tuple(slice(0, 1) if a in axes else cut for a, cut in enumerate(place))
-            self.shared[where] += part.sum(axis=axes, keepdims=True)
+            with self.lock:
+                self.waiting[index] = place, part
+                while self.added in self.waiting:
+                    self._add(self.shared, *self.waiting.pop(self.added))
+                    self.added += 1
         elif not self.in_place:
             self.grad[place] = part
+
+    @staticmethod
+    def _add(shared: np.ndarray, place: tuple[slice, ...], part: np.ndarray) -> None:
+        axes = tuple(a for a, n in enumerate(shared.shape[:-2]) if n == 1)
+        where = tuple(slice(0, 1) if a in axes else cut for a, cut in enumerate(place))
+        shared[where] += part.sum(axis=axes, keepdims=True)
 
     def finish(self) -> None:
         """Round the shared sum, once."""
         if self.shared is not None:
-            self.grad[...] = self.shared
+            with np.errstate(all="ignore"):
+                self.grad[...] = self.shared
 
 
 def _backward_rows(call: Call, unit: _Unit, q0: int, q1: int) -> None:

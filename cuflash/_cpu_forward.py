@@ -7,13 +7,20 @@ exp(s - m), and the unnormalised output.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
 import numpy as np
 
 from ._cpu_masks import Cut
 from ._cpu_scores import Place
+from ._cpu_threads import run, threads_for
 from ._cpu_tiles import Call, Scratch, for_blas, stack_rows, units, visible_matmul
 from ._options import Options
 from ._order import empty_like_order
+
+# A row tile of a unit: its place, its rows q0:q1, and all of the unit's k and v.
+_Rows: TypeAlias = tuple[tuple[slice, ...], int, int, np.ndarray, np.ndarray]
 
 
 class OnlineSoftmax:
@@ -104,13 +111,27 @@ def forward(
         return out, lse
     rows_q, rows_out, rows_lse = (shape.group_rows(x) for x in (q, out, lse))
     all_k, all_v = shape.spread(k), shape.spread(v)
-    # NaN, inf and overflow of the user's numbers are results here, not accidents worth a warning.
-    with np.errstate(all="ignore"):
-        for unit in units(shape.outer, call.tiling.heads):
-            unit_k, unit_v = call.whole(all_k[unit]), call.whole(all_v[unit])
-            for q0, q1 in call.row_tiles():
-                result = _forward_rows(call, unit, rows_q[unit][..., q0:q1, :], unit_k, unit_v, q0)
-                rows_out[unit][..., q0:q1, :], rows_lse[unit][..., q0:q1] = result
+    places = list(units(shape.outer, call.tiling.heads))
+    tiles = list(call.row_tiles())
+
+    def items() -> Iterator[_Rows]:
+        for place in places:
+            # Once per unit, also when several threads share its rows.
+            unit_k, unit_v = call.whole(all_k[place]), call.whole(all_v[place])
+            for q0, q1 in tiles:
+                yield place, q0, q1, unit_k, unit_v
+
+    def worker(stopped: Callable[[], bool]) -> Callable[[_Rows], None]:
+        own = call.own()
+
+        def rows(item: _Rows) -> None:
+            place, q0, q1, unit_k, unit_v = item
+            result = _forward_rows(own, place, rows_q[place][..., q0:q1, :], unit_k, unit_v, q0)
+            rows_out[place][..., q0:q1, :], rows_lse[place][..., q0:q1] = result
+
+        return rows
+
+    run(items(), worker, threads_for(len(places) * len(tiles), call.pairs()))
     return out, lse
 
 

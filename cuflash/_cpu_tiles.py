@@ -9,8 +9,9 @@ heads, so no Python loop runs over heads of 16 tokens.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -146,6 +147,18 @@ class Call:
             dtype,
             Scratch(dtype),
         )
+
+    def own(self) -> Call:
+        """The same call for another thread: with buffers of its own."""
+        return replace(self, scratch=Scratch(self.dtype))
+
+    def pairs(self) -> int:
+        """About how many pairs of query and key the tiles have: how much work the call is."""
+        seen = 0
+        for q0, q1 in self.row_tiles():
+            low, high = self.mask.keys(q0, q1)
+            seen += (q1 - q0) * max(0, high - low)
+        return seen * self.shape.group * math.prod(self.shape.outer)
 
     def whole(self, x: np.ndarray) -> np.ndarray:
         """K or V of a unit, ready for BLAS if that copy is small; else tiles are made ready."""
