@@ -49,22 +49,21 @@ class Target:
         self.full = problem.batch + shape[len(batch) :]
         # Slopes sum over what they are broadcast along in their own kernel.
         broadcast = name != "dslope" and batch != problem.batch
-        self.summed = tuple(
-            axis for axis, (a, b) in enumerate(zip(batch, problem.batch, strict=False)) if a != b
-        )
-        if not broadcast:
-            self.summed = ()
         self.view: View = contiguous_view(self.full) if broadcast else own
 
     def finish(self, written: Any, result: Any) -> None:
         """Bring what the kernel wrote into the user's array."""
         if written is result:
             return
-        if self.summed:
-            total = written.astype(np.float32).sum(axis=self.summed, keepdims=True)
-            result[...] = total.astype(result.dtype)
-        else:
+        if written.shape == result.shape:
             result[...] = written
+            return
+        # Axes the argument has not, and those along which it was broadcast.
+        missing = written.ndim - result.ndim
+        own = zip(written.shape[missing:], result.shape, strict=True)
+        axes = (*range(missing), *(missing + n for n, (a, b) in enumerate(own) if a != b))
+        total = written.astype(np.float32).sum(axis=axes, dtype=np.float32)
+        result[...] = total.reshape(result.shape).astype(result.dtype)
 
 
 class PreparedBackward:

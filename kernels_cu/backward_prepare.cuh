@@ -33,6 +33,15 @@ DEV float dot_8(const u16* x, const u16* y, int first, int columns, bool vector)
     return sum;
 }
 
+// lse in the units of exp2. At huge logits the three roundings on the way here (of the scaled score,
+// of lse, of this product: together below 2^-22 of it) are whole powers of two, and a row with one
+// key would get a weight of, say, 2^-8 instead of 1. The reference is lowered by that bound: weights
+// can then only be too large, and backward::probability clamps them to 1.
+DEV float reference_log2(float lse) {
+    const float x = lse * LOG2_E, size = fabsf(x);
+    return size > 1024.f && size < positive_infinity() ? x - size * 0x1p-22f : x;
+}
+
 }  // namespace backward
 
 template <class C> __device__ void backward_prepare(const BackwardParams& p) {
@@ -73,7 +82,8 @@ template <class C> __device__ void backward_prepare(const BackwardParams& p) {
         if (valid && lane_in_row == 0) {
             const float lse = lse_gmem[row * p.lse_strides.row];
             // A row that sees no key has lse = -inf; +inf makes exp2(s - lse) = 0 for whatever s.
-            p.lse_log2[first + row] = lse == neg_infinity() ? positive_infinity() : lse * LOG2_E;
+            p.lse_log2[first + row] =
+                lse == neg_infinity() ? positive_infinity() : backward::reference_log2(lse);
             p.delta[first + row] =
                 dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
         }

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.cases import Case, answer, check, covering
-from tests.machines import Emulator, same_bits
+from tests.machines import Emulator, Numpy, same_bits
 
 # The head dims of the contract, each with another group, mask and pair of lengths. Tiles are 64 or 128 rows and 32 or
 # 64 keys, so 63, 64, 65, 127, 129 sit on their edges.
@@ -199,3 +199,31 @@ def test_copies_for_many_batch_axes_are_aligned_whatever_the_array_was() -> None
         plain, plain_grads = machine.vjp(q.copy(), np.ascontiguousarray(k), v, dout=q.copy())
     assert np.array_equal(out, plain)
     assert np.allclose(grads.k.astype("f4"), plain_grads.k.astype("f4"), atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e2, 1e3, 1e4])
+def test_a_row_with_one_key_gives_dv_its_dout_at_huge_logits(factor: float) -> None:
+    """float32 lse near 2^20 has steps of 1/8: rounded twice, the weight of the only key must still be 1."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 64, 32)) for _ in "qkvd")
+    arrays = [(factor * x).astype(np.float16) for x in (q, k)]
+    arrays += [x.astype(np.float16) for x in (v, dout)]
+    for deterministic in (True, False):
+        with Emulator("sm_80") as machine:
+            _, grads = machine.vjp(*arrays, window=(0, 0), deterministic=deterministic)
+        assert same_bits(grads.v, arrays[3])
+
+
+@pytest.mark.parametrize("slopes", [(2,), (2, 1, 2, 2, 1, 2), (2, 2, 2, 2, 2, 2)], ids=str)
+def test_slope_gradients_with_many_unmergeable_batch_axes(slopes: tuple[int, ...]) -> None:
+    """Beyond four axes the host copies to full size; gradients still have the slopes' shape."""
+    rng = np.random.default_rng(1)
+    q = rng.standard_normal((2, 2, 2, 2, 2, 2, 3, 16)).astype(np.float16)
+    k, v = rng.standard_normal((2, 2, 1, 2, 1, 2, 2, 4, 16)).astype(np.float16)
+    options = {"alibi_slopes": rng.random(slopes).astype(np.float32), "wrt": ("alibi_slopes", "k")}
+    with Emulator("sm_80") as machine:
+        _, grads = machine.vjp(q, k, v, q, **options)
+    _, exact = Numpy().vjp(q, k, v, q, **options)
+    assert grads.alibi_slopes.shape == slopes and grads.k.shape == k.shape
+    assert np.allclose(grads.alibi_slopes, exact.alibi_slopes, atol=2e-2)
+    assert np.allclose(grads.k.astype("f4"), exact.k.astype("f4"), atol=2e-2)
