@@ -173,7 +173,7 @@ def test_kernels_are_named_after_what_they_compute(dtype: str, element: str) -> 
 def test_two_huge_maxima_that_round_to_one_product() -> None:
     """Beside museum C3: key 100 beats key 10 by 16 in log2 units, at raw scores near 2^31.
 
-    In log2 units both scores round to the same number, so the newer maximum must be recognised before the multiplication.
+    In log2 units both scores round to one number: the newer maximum must be recognised before.
     """
     q, k = np.zeros((1, 1, 64), np.float16), np.zeros((1, 128, 64), np.float16)
     v = np.random.default_rng(0).standard_normal((1, 128, 64)).astype(np.float16)
