@@ -169,8 +169,10 @@ def test_errors_come_out(where: str) -> None:
 
 
 def test_interrupted() -> None:
-    """Ctrl-C in the middle of endless work."""
+    """Ctrl-C in the middle of long work."""
     main = threading.main_thread()
+    # A process started in the background may ignore SIGINT, and so its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def worker(stopped: Callable[[], bool]) -> Callable[[int], None]:
         def do(item: int) -> None:
@@ -179,8 +181,11 @@ def test_interrupted() -> None:
 
         return do
 
-    with pytest.raises(KeyboardInterrupt):
-        run(itertools.count(), worker, 3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(iter(range(10**6)), worker, 3)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_system_without_threads(
