@@ -29,9 +29,9 @@ from cuflash._launch import (
 )
 from cuflash._problem import Problem
 
-# The argument, its gradient's name in the params struct, and its view's name.
+# The argument and the name of its gradient's view; where the params struct has another name, that.
 GRADIENTS = {"q": "dq", "k": "dk", "v": "dv", "alibi_slopes": "dslope"}
-POINTER = {"dslope": "dslopes", "slope": "alibi_slopes"}
+POINTER = {"alibi_slopes": "dslopes"}
 
 
 class Target:
@@ -104,45 +104,59 @@ class PreparedBackward:
         for name in found:
             self._views.fill(struct[f"{name}_strides"], name)
         fill_shape(struct["shape"], problem, self._views, flags)
-        self._plan = _plan.plan(problem, device)
-        pointers = len(_params.BACKWARD_POINTERS)
-        self._steps = steps_of(self._plan, device, struct, pointers)
+        plan = _plan.plan(problem, device)
+        self._scratch = [(s.name, s.shape, np.dtype(s.dtype)) for s in plan.scratch]
+        self._steps = steps_of(plan, device, struct, len(_params.BACKWARD_POINTERS))
 
     def __call__(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Run on the current stream; returns the gradient of every name in `wrt`."""
         device = self._device
         with device.activate():
-            results = {}
-            for name, target in self._targets.items():
-                result = given.get(name)
-                if result is None:
-                    result = target.new(device, arrays[name].dtype)
-                results[name] = result
+            results = self._results(arrays, given)
             if self._empty:
                 for result in results.values():
                     result[...] = 0
                 return results
-            at = dict.fromkeys(_params.BACKWARD_POINTERS, 0)
-            held = []  # inputs copied for this call, alive until the launches are queued
-            for name, array in arrays.items():
-                if array is None:
-                    continue
-                view = "slope" if name == "alibi_slopes" else name
-                held.append(self._views.input(view, array, device))
-                at[name] = device.pointer(held[-1])
-            written = {}
-            for name, result in results.items():
-                place = self._views.views[GRADIENTS[name]]
-                direct = not place.copied
-                written[name] = result if direct else device.empty(place.shape, result.dtype)
-                pointer = GRADIENTS[name]
-                at[POINTER.get(pointer, pointer)] = device.pointer(written[name])
-            for scratch in self._plan.scratch:
-                held.append(device.empty(scratch.shape, np.dtype(scratch.dtype)))
-                at[scratch.name] = device.pointer(held[-1])
-            pointers = tuple(at.values())
-            for step in self._steps:
-                step(pointers)
+            written = {name: self._written(name, result) for name, result in results.items()}
+            self._launch(arrays, written)
             for name, target in self._targets.items():
                 target.finish(written[name], results[name])
             return results
+
+    def _results(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays to return: the user's, or new ones."""
+        results = {}
+        for name, target in self._targets.items():
+            result = given.get(name)
+            if result is None:
+                result = target.new(self._device, arrays[name].dtype)
+            results[name] = result
+        return results
+
+    def _written(self, name: str, result: Any) -> Any:
+        """What a kernel writes one gradient to: the result itself, or an array beside it."""
+        place = self._views.views[GRADIENTS[name]]
+        return self._device.empty(place.shape, result.dtype) if place.copied else result
+
+    def _launch(self, arrays: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+        """Copy what must be copied, allocate workspace, and queue every kernel."""
+        device, views = self._device, self._views
+        at = dict.fromkeys(_params.BACKWARD_POINTERS, 0)
+        held = []  # copies and workspace, alive until the launches are queued
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            if views.copies:
+                view = "slope" if name == "alibi_slopes" else name
+                array = views.input(view, array, device)
+                held.append(array)
+            at[name] = device.pointer(array)
+        for name, array in written.items():
+            at[POINTER.get(name, GRADIENTS[name])] = device.pointer(array)
+        for name, shape, dtype in self._scratch:
+            workspace = device.empty(shape, dtype)
+            held.append(workspace)
+            at[name] = device.pointer(workspace)
+        pointers = tuple(at.values())
+        for step in self._steps:
+            step(pointers)
