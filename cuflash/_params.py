@@ -8,6 +8,7 @@ so a prepared call packs it once and a warm call only puts new pointers in front
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,17 @@ FLAG_DQ_VECTOR = 32
 FLAG_DK_VECTOR = 64
 FLAG_DV_VECTOR = 128
 FLAG_SLOPES_16BIT = 256
+FLAG_BIAS_16BIT = 512
+FLAG_SINKS_16BIT = 1024
+FLAG_DBIAS_16BIT = 2048
+FLAG_ALIGN_END = 4096
+REDUCED_HEAD = 16
+REDUCED_ROW = 32
+REDUCED_KEY = 64
+MAX_SCORE_ARRAYS = 8
+MAX_SCORE_SCALARS = 8
+MAX_SCORE_AXES = 4
+MAX_WORK_TABLES = 5
 VECTOR_FLAGS = {
     "q": FLAG_Q_VECTOR,
     "k": FLAG_K_VECTOR,
@@ -50,26 +62,111 @@ VECTOR_FLAGS = {
 }
 
 
-def _struct(pointers: Sequence[str], strides: Sequence[str], *tail: str) -> np.dtype:
-    """A params struct: pointers, then strides, then Shape and Schedule and any further ints."""
-    fields: list[tuple] = [(name, "u8") for name in pointers]
+# ---- options that only some kernels read
+
+PAIR_STRIDES = np.dtype(
+    [("batch", "i8", (MAX_BATCH_AXES,)), ("head", "i8"), ("row", "i8"), ("key", "i8")], align=True
+)
+MASK = np.dtype(
+    [("strides", PAIR_STRIDES), ("map_batch", "i8", (MAX_BATCH_AXES,))]
+    + [(name, "i8") for name in ("map_head", "map_offset", "map_plane")]
+    + [(name, "i4") for name in ("map_words", "block_q", "block_k", "bit_words")],
+    align=True,
+)
+DROPOUT = np.dtype([("threshold", "u4"), ("factor", "f4")], align=True)
+SCORE_MOD = np.dtype(
+    [("extents", "i4", (MAX_SCORE_ARRAYS, MAX_SCORE_AXES)), ("arrays_16bit", "i4")], align=True
+)
+PACKED = np.dtype([("total_q", "i8"), ("work_offset", "i8")], align=True)
+OPTION_POINTERS = (
+    *("mask", "mask_bits", "mask_map", "bias", "sinks", "seed_at", "seed", "sequences", "work"),
+    *(f"score_arrays[{n}]" for n in range(MAX_SCORE_ARRAYS)),
+    *(f"score_scalars[{n}]" for n in range(MAX_SCORE_SCALARS)),
+)
+OPTION_VALUES = np.dtype(
+    [
+        ("mask", MASK),
+        ("bias", PAIR_STRIDES),
+        ("dropout", DROPOUT),
+        ("score", SCORE_MOD),
+        ("packed", PACKED),
+    ],
+    align=True,
+)
+BIAS_GRADIENT = np.dtype(
+    [("strides", PAIR_STRIDES), ("split_stride", "i8")]
+    + [(name, "i4") for name in ("reduced", "splits", "tiles_q", "tiles_k")],
+    align=True,
+)
+
+
+def _pointer_fields(names: Sequence[str]) -> list[tuple]:
+    """8-byte members; "name[0]", "name[1]", ... are one array."""
+    counts = Counter(name.partition("[")[0] for name in names)
+    return [(n, "u8") if count == 1 else (n, "u8", (count,)) for n, count in counts.items()]
+
+
+def _struct(
+    pointers: Sequence[str],
+    strides: Sequence[str],
+    last_pointers: Sequence[str] = (),
+    last: Sequence[tuple] = (),
+) -> np.dtype:
+    """A params struct: pointers, then strides, Shape, Schedule and the values of the options."""
+    fields = _pointer_fields(pointers)
+    fields.append(("options", np.dtype(_pointer_fields(OPTION_POINTERS), align=True)))
+    fields += _pointer_fields(last_pointers)
     fields += [(f"{name}_strides", STRIDES) for name in strides]
-    fields += [("shape", SHAPE), ("schedule", SCHEDULE)]
-    fields += [(name, "i4") for name in tail]
+    fields += [("shape", SHAPE), ("schedule", SCHEDULE), ("values", OPTION_VALUES), *last]
     return np.dtype(fields, align=True)
 
 
-FORWARD_POINTERS = ("q", "k", "v", "out", "lse", "alibi_slopes")
-FORWARD = _struct(FORWARD_POINTERS, ("q", "k", "v", "out", "slope"))
+_FORWARD_POINTERS = ("q", "k", "v", "out", "lse", "alibi_slopes")
+FORWARD_POINTERS = (*_FORWARD_POINTERS, *OPTION_POINTERS)
+FORWARD = _struct(_FORWARD_POINTERS, ("q", "k", "v", "out", "slope"))
 
-BACKWARD_POINTERS = (
+_BACKWARD_POINTERS = (
     *("q", "k", "v", "out", "dout", "lse", "dlse", "alibi_slopes"),
     *("dq", "dk", "dv", "dslopes"),
     *("lse_log2", "delta", "dq_accum", "slope_partial"),
 )
+_GRADIENT_POINTERS = (
+    *("dbias", "dsinks_partial"),
+    *(f"score_grads[{n}]" for n in range(MAX_SCORE_ARRAYS)),
+)
+BACKWARD_POINTERS = (*_BACKWARD_POINTERS, *OPTION_POINTERS, *_GRADIENT_POINTERS)
 BACKWARD = _struct(
-    BACKWARD_POINTERS,
+    _BACKWARD_POINTERS,
     ("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "slope", "dslope"),
+    _GRADIENT_POINTERS,
+    [("dbias_values", BIAS_GRADIENT)],
+)
+
+MASK_TILES_POINTERS = ("mask", "mask_bits", "map")
+MASK_TILES = np.dtype(
+    _pointer_fields(MASK_TILES_POINTERS)
+    + [("values", MASK), ("batch_extent", "i4", (MAX_BATCH_AXES,))]
+    + [(n, "i4") for n in ("heads", "len_q", "len_k", "tile_q", "tile_k", "by_keys", "tile_rows")],
+    align=True,
+)
+
+WORK_TABLE = np.dtype(
+    [
+        ("offset", "i8"),
+        ("capacity", "i8"),
+        ("tile", "i4"),
+        ("by_keys", "i4"),
+        ("longest_last", "i4"),
+    ],
+    align=True,
+)
+PACKED_PLAN_POINTERS = ("cu_q", "cu_k", "sequences", "work")
+PACKED_PLAN = np.dtype(
+    _pointer_fields(PACKED_PLAN_POINTERS)
+    + [(name, "i8") for name in ("stride_q", "stride_k", "total_q", "total_k")]
+    + [(name, "i4") for name in ("wide_q", "wide_k", "batch", "max_q", "max_k", "tables")]
+    + [("table", WORK_TABLE, (MAX_WORK_TABLES,))],
+    align=True,
 )
 
 MERGE_MAX_PARTS = 32
@@ -92,7 +189,13 @@ MERGE = np.dtype(
     align=True,
 )
 
-STRUCTS = {"ForwardParams": FORWARD, "BackwardParams": BACKWARD, "MergeParams": MERGE}
+STRUCTS = {
+    "ForwardParams": FORWARD,
+    "BackwardParams": BACKWARD,
+    "MergeParams": MERGE,
+    "MaskTilesParams": MASK_TILES,
+    "PackedPlanParams": PACKED_PLAN,
+}
 
 
 class Packer:
@@ -103,7 +206,7 @@ class Packer:
     values : numpy structured scalar
         The struct with everything but the pointers filled in.
     pointers : int
-        How many 8-byte pointers lead the struct.
+        How many of its leading 8-byte pointers each call gives; the others stay as they are.
     """
 
     __slots__ = ("_pointers", "_tail")

@@ -17,7 +17,8 @@ struct Strides {
     i64 row;
 };
 
-// Facts common to every kernel of one call.
+// Facts common to every kernel of one call. Packed sequences: batch is their number, len_q and len_k
+// the largest possible; kernels put each sequence's own numbers in their place (packed.cuh).
 struct Shape {
     int batch_extent[MAX_BATCH_AXES];   // slowest first, padded with 1
     int batch, heads, heads_kv, group;  // group = heads / heads_kv
@@ -33,13 +34,81 @@ struct Shape {
 constexpr int FLAG_Q_VECTOR = 1, FLAG_K_VECTOR = 2, FLAG_V_VECTOR = 4, FLAG_OUT_VECTOR = 8,
               FLAG_DOUT_VECTOR = 16;
 constexpr int FLAG_DQ_VECTOR = 32, FLAG_DK_VECTOR = 64, FLAG_DV_VECTOR = 128;
-constexpr int FLAG_SLOPES_16BIT = 256;  // alibi_slopes have the element type, else float
+// These arrays have the element type, else float.
+constexpr int FLAG_SLOPES_16BIT = 256, FLAG_BIAS_16BIT = 512, FLAG_SINKS_16BIT = 1024,
+              FLAG_DBIAS_16BIT = 2048;
+// Packed sequences: q_offset counts from len_k - len_q of each sequence.
+constexpr int FLAG_ALIGN_END = 4096;
 
 // block id -> (batch, head, tile): sections of heads whose K and V share the L2 cache, longest tiles first inside one.
 struct Schedule {
     int tiles;              // tiles along the walked axis of one head
     int heads_per_section;  // heads (batch * heads) walked together
     int longest_last;  // 1: the last tile has the most work, start there; 0: start at the first
+};
+
+// ---- options that only some kernels read: Config says which ------------------------------------
+
+// Element strides of an array seen as (*B, H, Lq, Lk).
+struct PairStrides {
+    i64 batch[MAX_BATCH_AXES];
+    i64 head, row, key;
+};
+
+// A boolean array or a block mask, and its tile map: one bit per tile of the kernel that walks it,
+// [mask's batch, mask's heads, tile rows, map_words], in two planes: tiles with a visible pair, tiles
+// without a hidden one. Tile rows are tiles of queries, for dK and dV tiles of keys.
+struct MaskParams {
+    PairStrides
+        strides;  // dense: of the bytes; blocks: of the slots, where row and key count blocks
+    i64 map_batch[MAX_BATCH_AXES], map_head;  // in words
+    i64 map_offset;                           // of this launch's map, in words
+    i64 map_plane;                            // words from the first plane to the second
+    int map_words;                            // in a row of tiles
+    int block_q, block_k;                     // blocks
+    int bit_words;                            // in a row of a partial block
+};
+
+// Keep a weight if its random word is at least `threshold`, and multiply it by `factor`.
+struct DropoutParams {
+    u32 threshold;
+    float factor;
+};
+
+constexpr int MAX_SCORE_ARRAYS = 8, MAX_SCORE_SCALARS = 8, MAX_SCORE_AXES = 4;
+
+// C-contiguous parameter arrays of a score expression.
+struct ScoreModParams {
+    int extents[MAX_SCORE_ARRAYS][MAX_SCORE_AXES];  // unused axes are 1
+    int arrays_16bit;  // bit n: array n has the element type, else float
+};
+
+struct PackedParams {
+    i64 total_q;      // rows of lse and of the workspaces per head
+    i64 work_offset;  // of this launch's entries in `work`
+};
+
+// Pointers come first in every struct: they alone change from call to call.
+struct OptionPointers {
+    const void* mask;  // dense: u8 [*B, H, Lq, Lk]; blocks: int slots [*B, H, q blocks, key blocks]
+    const u32* mask_bits;  // blocks: [partial blocks, block_q, bit_words]
+    const u32* mask_map;
+    const void* bias;    // [*B, H, Lq, Lk], Element or float
+    const void* sinks;   // [H], Element or float
+    const u64* seed_at;  // null: `seed` holds it
+    u64 seed;
+    const int4* sequences;  // [1 + batch]; see packed.cuh
+    const int2* work;
+    const void* score_arrays[MAX_SCORE_ARRAYS];
+    u64 score_scalars[MAX_SCORE_SCALARS];  // the bits of a double, or an integer
+};
+
+struct OptionValues {
+    MaskParams mask;
+    PairStrides bias;
+    DropoutParams dropout;
+    ScoreModParams score;
+    PackedParams packed;
 };
 
 struct ForwardParams {
@@ -49,10 +118,22 @@ struct ForwardParams {
     void* out;                 // [*B, H, Lq, Dv]
     float* lse;                // [B, H, Lq], contiguous
     const void* alibi_slopes;  // [*B, H] or null
+    OptionPointers options;
     Strides q_strides, k_strides, v_strides, out_strides, slope_strides;
     Shape shape;
     Schedule schedule;
+    OptionValues values;
 };
+
+// Gradient of a bias: where its elements lie, and how the sums over axes it lacks are shared out.
+struct BiasGradient {
+    PairStrides strides;
+    i64 split_stride;  // elements from one split's partial sums to the next one's
+    int reduced;       // bit a: batch axis a is summed over; REDUCED_*
+    int splits;
+    int tiles_q, tiles_k;
+};
+constexpr int REDUCED_HEAD = 16, REDUCED_ROW = 32, REDUCED_KEY = 64;
 
 struct BackwardParams {
     const void* q;
@@ -73,10 +154,53 @@ struct BackwardParams {
     // Workspace [B, H, Lq, HEAD_DIM]; null when dq is computed by its own pass.
     float* dq_accum;
     float* slope_partial;  // workspace [B, H, q tiles]
+    OptionPointers options;
+    void* dbias;            // [splits, bias shape], float unless FLAG_DBIAS_16BIT
+    float* dsinks_partial;  // [B, H]
+    i64* score_grads
+        [MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS] each (exact_sum.cuh); null: not wanted
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, dlse_strides;
     Strides dq_strides, dk_strides, dv_strides, slope_strides, dslope_strides;
     Shape shape;
     Schedule schedule;
+    OptionValues values;
+    BiasGradient dbias_values;
+};
+
+// Makes one tile map.
+struct MaskTilesParams {
+    const void* mask;
+    const u32* mask_bits;
+    u32* map;
+    MaskParams values;
+    int batch_extent[MAX_BATCH_AXES], heads;  // of the mask: 1 where it is broadcast
+    int len_q, len_k;
+    int tile_q, tile_k;
+    int by_keys;  // tile rows are tiles of keys
+    int tile_rows;
+};
+
+constexpr int MAX_WORK_TABLES = 5;
+
+// The tiles of one launch over packed sequences.
+struct WorkTable {
+    i64 offset, capacity;  // in entries
+    int tile;
+    int by_keys;
+    int longest_last;
+};
+
+// Turns cumulative lengths into `sequences` and `work`.
+struct PackedPlanParams {
+    const void* cu_q;  // [batch + 1], int or i64
+    const void* cu_k;
+    int4* sequences;
+    int2* work;
+    i64 stride_q, stride_k;  // in elements
+    i64 total_q, total_k;
+    int wide_q, wide_k;  // 1: i64
+    int batch, max_q, max_k, tables;
+    WorkTable table[MAX_WORK_TABLES];
 };
 
 constexpr int MERGE_MAX_PARTS = 32;  // one lane of a warp per part
