@@ -9,7 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tests import oracle
+from tests import option_data, oracle, scores
+from tests.option_data import Masked
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -24,6 +25,10 @@ class Data:
     dout: np.ndarray
     dlse: np.ndarray
     alibi_slopes: np.ndarray | None
+    mask: Masked | None = None
+    bias: np.ndarray | None = None
+    sinks: np.ndarray | None = None
+    score_mod: scores.Twin | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,20 @@ class Case:
         k and v have batch axes of extent 1.
     alibi
         None, "H" (slopes of shape (heads,)) or "BH" (one per batch and head).
+    mask
+        None or one of `option_data.MASKS`; those with "blocks" in their name are a `BlockMask`.
+    block
+        Block size of a `BlockMask`.
+    bias
+        None or axes such as "BHqk", "1H1k", "Hqk", "qk", "q1"; B stands for all batch axes.
+    bias_dtype, sinks
+        "own" for q's dtype, or "float32"; sinks None for none.
+    bias_inf
+        A tenth of the bias is -inf.
+    dropout
+        dropout_p; the seed follows from `seed`.
+    score_mod
+        None or a name in `scores.LIBRARY`.
     magnitude
         Factor on q and k: 1 gives a soft softmax, 20 nearly one-hot rows and logits in the hundreds.
     shift
@@ -58,6 +77,14 @@ class Case:
     scale: float | None = None
     softcap: float | None = None
     alibi: str | None = None
+    mask: str | None = None
+    block: tuple[int, int] = (64, 64)
+    bias: str | None = None
+    bias_dtype: str = "own"
+    bias_inf: bool = False
+    sinks: str | None = None
+    dropout: float = 0.0
+    score_mod: str | None = None
     layout: str = "HLD"
     broadcast_kv: bool = False
     magnitude: float = 1.0
@@ -92,6 +119,11 @@ class Case:
     def numpy_dtype(self) -> np.dtype:
         return np.dtype(ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype)
 
+    @property
+    def dropout_seed(self) -> int:
+        """A seed with all its 64 bits in use."""
+        return (self.seed + 1) * 0x9E3779B97F4A7C15 % 2**64
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the public functions that are no arrays; defaults are left out."""
         names = ("causal", "window", "q_offset", "scale", "softcap")
@@ -120,7 +152,7 @@ class Case:
         if self.alibi is not None:
             shape = (self.heads,) if self.alibi == "H" else (*self.batch, self.heads)
             slopes = (0.02 + 0.3 * rng.random(shape)).astype(np.float32)
-        return Data(q, k, v, dout, dlse, slopes)
+        return Data(q, k, v, dout, dlse, slopes, **option_data.draw(self))
 
 
 @dataclass(frozen=True)
@@ -138,13 +170,65 @@ def answer(case: Case, dlse: bool = True) -> Answer:
     if case.layout != "HLD":
         return answer(replace(case, layout="HLD"), dlse)
     data = case.data()
-    options = case.options()
-    if data.alibi_slopes is not None:
-        options["alibi_slopes"] = data.alibi_slopes
+    options = oracle_options(case, data)
     arrays = data.q, data.k, data.v, data.dout
     given = data.dlse if dlse else None
     exact = oracle.exact(*arrays, dlse=given, **options)
     return Answer(data, exact, oracle.low_precision(*arrays, dlse=given, **options))
+
+
+def oracle_options(case: Case, data: Data) -> dict[str, Any]:
+    """All options of a case as the oracle takes them."""
+    options = case.options()
+    for name in ("alibi_slopes", "bias", "sinks", "score_mod"):
+        if getattr(data, name) is not None:
+            options[name] = getattr(data, name)
+    if data.mask is not None:
+        options["mask"] = data.mask.dense
+    if case.dropout:
+        options["keep"] = option_data.kept(case)
+        options["dropout_p"] = case.dropout
+    return options
+
+
+def public_options(case: Case, data: Data, machine: Any) -> dict[str, Any]:
+    """All options of a case as a user gives them, but for the layout."""
+    import cuflash
+
+    options = case.options()
+    for name in ("alibi_slopes", "bias", "sinks"):
+        if getattr(data, name) is not None:
+            options[name] = getattr(data, name)
+    if data.mask is not None:
+        options["mask"] = data.mask.public((case.len_q, case.len_k), case.block)
+    if case.dropout:
+        options |= {"dropout_p": case.dropout, "seed": case.dropout_seed}
+    if data.score_mod is not None:
+        twin = data.score_mod
+        put = {name: machine.put(x) for name, x in twin.params.items()}
+        options["score_mod"] = cuflash.ScoreMod(twin.code, put)
+    return options
+
+
+def names_of_gradients(data: Data) -> tuple[str, ...]:
+    """Everything that a call with this data can be differentiated in, as `wrt` names it."""
+    optional = ("bias", "alibi_slopes", "sinks")
+    params = () if data.score_mod is None else tuple(data.score_mod.arrays())
+    return ("q", "k", "v", *(n for n in optional if getattr(data, n) is not None), *params)
+
+
+def gradients_by_name(grads: Any, data: Data, wrt: tuple[str, ...]) -> dict[str, Any]:
+    """`Gradients` under the oracle's names; each has its argument's dtype."""
+    result = {}
+    for name in wrt:
+        if data.score_mod is not None and name in data.score_mod.arrays():
+            of, grad = data.score_mod.params[name], grads.score_params[name]
+            result[f"score_{name}"] = grad
+        else:
+            of = getattr(data, name)
+            grad = result[name] = getattr(grads, name)
+        assert grad.dtype == of.dtype, f"d{name} is {grad.dtype}, {name} is {of.dtype}"
+    return result
 
 
 def arranged(x: np.ndarray, layout: str) -> np.ndarray:
@@ -167,16 +251,14 @@ def check(
 ) -> None:
     """Run a case through the public API on a `tests.machines.Machine` and compare all it returns by rule T."""
     want = answer(case, dlse)
-    data, options = want.data, case.options()
+    data, options = want.data, public_options(case, want.data, machine)
     if case.layout != "HLD":
         options["layout"] = case.layout
-    if data.alibi_slopes is not None:
-        options["alibi_slopes"] = data.alibi_slopes
     q, k, v, dout = (arranged(x, case.layout) for x in (data.q, data.k, data.v, data.dout))
     out, lse = machine.attention(q, k, v, **options, return_lse=True)
     grads = {}
     if gradients:
-        wrt = ("q", "k", "v") if data.alibi_slopes is None else ("q", "k", "v", "alibi_slopes")
+        wrt = names_of_gradients(data)
         got = machine.backward(
             dout,
             q,
@@ -189,7 +271,7 @@ def check(
             deterministic=deterministic,
             **options,
         )
-        grads = {n: getattr(got, n) for n in wrt}
+        grads = gradients_by_name(got, data, wrt)
         grads |= {n: standard(grads[n], case.layout) for n in ("q", "k", "v")}
     oracle.check_all(
         f"{getattr(machine, 'name', machine)}: {case!r}",

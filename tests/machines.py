@@ -61,18 +61,36 @@ class Machine:
         """`cuflash.attention_backward` on the host."""
         arrays = map(self.put, (dout, q, k, v, out, lse))
         grads = cuflash.attention_backward(*arrays, **self._put_all(options))
-        return cuflash._gradient.Gradients(*map(self.get, grads))
+        return self._got(grads)
 
     def vjp(self, q: Any, k: Any, v: Any, dout: Any, *, dlse: Any = None, **options: Any) -> Any:
         """(out, Gradients) by `cuflash.attention_vjp` and its pullback, on the host."""
         out, pullback = cuflash.attention_vjp(*map(self.put, (q, k, v)), **self._put_all(options))
         grads = pullback(self.put(dout), self.put(dlse))
-        return self.get(out), cuflash._gradient.Gradients(*map(self.get, grads))
+        return self.get(out), self._got(grads)
+
+    def varlen(self, q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, **options: Any) -> Any:
+        """`cuflash.attention_varlen`; out, or (out, lse), on the host."""
+        arrays = map(self.put, (q, k, v, cu_q, cu_k))
+        result = cuflash.attention_varlen(*arrays, **self._put_all(options))
+        return tuple(map(self.get, result)) if isinstance(result, tuple) else self.get(result)
+
+    def varlen_backward(self, *arrays: Any, **options: Any) -> Any:
+        """`cuflash.attention_varlen_backward` of (dout, q, k, v, out, lse, cu_q, cu_k) on the host."""
+        put = map(self.put, arrays)
+        return self._got(cuflash.attention_varlen_backward(*put, **self._put_all(options)))
 
     def merge(self, outs: Any, lses: Any, **options: Any) -> Any:
         """`cuflash.merge_attention` on the host."""
         parts = [self.put(x) for x in outs], [self.put(x) for x in lses]
         return tuple(map(self.get, cuflash.merge_attention(*parts, **self._put_all(options))))
+
+    def _got(self, grads: Any) -> Any:
+        """Gradients on the host, those of score parameters too."""
+        params = grads.score_params
+        if params is not None:
+            params = {name: self.get(x) for name, x in params.items()}
+        return cuflash._gradient.Gradients(*map(self.get, grads[:-1]), params)
 
     def _put_all(self, options: dict[str, Any]) -> dict[str, Any]:
         return {k: self.put(x) if isinstance(x, np.ndarray) else x for k, x in options.items()}
