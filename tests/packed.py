@@ -25,7 +25,6 @@ from tests.case import (
     standard,
 )
 
-
 PLAIN = Case()
 
 
