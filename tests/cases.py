@@ -9,11 +9,13 @@ oracle by rule T. The exact results of a case are computed once per process, wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from tests.case import DTYPES, Answer, Case, Data, answer, arranged, check, standard
+from tests.covering import covering, covering_options, covering_variants, pairwise
+from tests.option_data import BIASES, MASKS
+from tests.scores import LIBRARY
 
 __all__ = [
     "BATCHES",
@@ -24,6 +26,7 @@ __all__ = [
     "HEAD_DIMS",
     "MAGNITUDES",
     "OFFSETS",
+    "OPTIONS",
     "SCORES",
     "SUITES",
     "WINDOWS",
@@ -35,6 +38,8 @@ __all__ = [
     "arranged",
     "check",
     "covering",
+    "covering_options",
+    "covering_variants",
     "in_dtype",
     "pairwise",
     "standard",
@@ -193,6 +198,19 @@ BATCHES = [
     )
 ]
 
+# Every mask, bias, score function, sinks and dropout alone; lengths off the tiles, groups of three heads.
+_OPTION = Case(batch=(2,), heads=3, heads_kv=1, len_q=70, len_k=137, head_dim=64)
+OPTIONS = [
+    *(replace(_OPTION, mask=kind, block=(32, 48)) for kind in MASKS),
+    *(replace(_OPTION, bias=code) for code in BIASES),
+    replace(_OPTION, bias="1H1k", bias_dtype="float32"),
+    replace(_OPTION, bias="qk", bias_dtype="float32", bias_inf=True),
+    *(replace(_OPTION, score_mod=name) for name in LIBRARY),
+    replace(_OPTION, sinks="own"),
+    replace(_OPTION, sinks="float32", causal=True, q_offset=-20),
+    *(replace(_OPTION, dropout=p) for p in (0.1, 0.5, 0.9)),
+]
+
 SUITES: dict[str, list[Case]] = {
     "core": CORE,
     "edge": EDGE,
@@ -204,81 +222,5 @@ SUITES: dict[str, list[Case]] = {
     "scores": SCORES,
     "magnitudes": MAGNITUDES,
     "batches": BATCHES,
+    "options": OPTIONS,
 }
-
-
-# ---- a covering list: every pair of values of any two factors meets in some case
-
-
-def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few rows that take every pair of values of every two factors; the same list every time.
-
-    Greedy: start each row from a pair not yet covered, then give every other factor the value that covers most of the
-    remaining pairs with what the row has already, the least used one among equals.
-    """
-    names = list(factors)
-    left = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for x in range(len(factors[names[a]]))
-        for y in range(len(factors[names[b]]))
-    }
-    used = [[0] * len(factors[name]) for name in names]
-    rows = []
-    while left:
-        a, x, b, y = min(left)
-        row = {a: x, b: y}
-        for c in range(len(names)):
-            if c in row:
-                continue
-            gains = [
-                sum(((d, row[d], c, z) if d < c else (c, z, d, row[d])) in left for d in row)
-                for z in range(len(factors[names[c]]))
-            ]
-            row[c] = min(range(len(gains)), key=lambda z: (-gains[z], used[c][z], z))
-        for (c, x), (d, y) in itertools.combinations(sorted(row.items()), 2):
-            left.discard((c, x, d, y))
-        for c, x in row.items():
-            used[c][x] += 1
-        rows.append({names[c]: factors[names[c]][x] for c, x in sorted(row.items())})
-    return rows
-
-
-FACTORS: dict[str, Sequence[Any]] = {
-    "lengths": [(1, 1), (1, 130), (64, 64), (65, 33), (33, 129), (100, 100), (17, 5), (128, 191)],
-    "dims": [(32, 32), (64, 64), (5, 5), (40, 72), (128, 128), (96, 33), (1, 8), (111, 111)],
-    "heads": [(2, 2), (6, 2), (7, 1), (3, 3)],
-    "window": [None, (0, 0), (17, None), (None, 20), (64, 3), (10**6, 10**6)],
-    "dtype": DTYPES,
-    "batch": [(2,), (), (2, 2)],
-    "causal": [False, True],
-    "q_offset": [None, 0, 40, -9],
-    "scale": [None, -0.3, 0.0],
-    "softcap": [None, 3.0],
-    "alibi": [None, "H", "BH"],
-    "magnitude": [1.0, 3.0, 5.0],
-    "layout": ["HLD", "LHD"],
-    "broadcast_kv": [False, True],
-}
-
-
-def covering(**changed: Sequence[Any]) -> list[Case]:
-    """Cases that cover all pairs of `FACTORS`, some of them replaced (`dtype=("float16",)` for kernels)."""
-    result = []
-    for seed, row in enumerate(pairwise({**FACTORS, **changed})):
-        (len_q, len_k), (dim, dim_v), (heads, heads_kv) = (
-            row.pop(n) for n in ("lengths", "dims", "heads")
-        )
-        result.append(
-            Case(
-                len_q=len_q,
-                len_k=len_k,
-                head_dim=dim,
-                head_dim_v=dim_v,
-                heads=heads,
-                heads_kv=heads_kv,
-                seed=seed,
-                **row,
-            )
-        )
-    return result

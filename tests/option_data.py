@@ -23,6 +23,8 @@ MASKS = (
     "blocks_shared",  # BlockMask of whole blocks, the same for all
     "blocks_partial",  # BlockMask.from_dense of "tiles"
 )
+# Axes of biases; see `axes`.
+BIASES = ("BHqk", "1Hqk", "B1qk", "11qk", "BH1k", "1H1k", "Hqk", "qk", "q1", "1k", "BHq1")
 
 
 @dataclass(frozen=True)

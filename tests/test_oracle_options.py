@@ -11,13 +11,12 @@ import pytest
 
 from tests import oracle, packed, philox
 from tests.case import DTYPES, Case, answer, oracle_options
-from tests.option_data import MASKS, axes, expanded
+from tests.option_data import BIASES, MASKS, axes, expanded
 from tests.scores import LIBRARY
 
 BASE = Case(
     dtype="float64", batch=(2,), heads=4, heads_kv=2, len_q=5, len_k=6, head_dim=3, head_dim_v=2
 )
-BIASES = ("BHqk", "1Hqk", "B1qk", "11qk", "BH1k", "1H1k", "Hqk", "qk", "q1", "1k", "BHq1")
 ALONE = [
     *(replace(BASE, mask=kind, block=(2, 3)) for kind in MASKS),
     *(replace(BASE, bias=code) for code in BIASES),
