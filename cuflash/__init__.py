@@ -7,6 +7,7 @@ out, pullback = cuflash.attention_vjp(q, k, v, causal=True)
 from __future__ import annotations
 
 from cuflash._attention import attention
+from cuflash._blockmask import BlockMask
 from cuflash._errors import CompileError, UnsupportedError
 from cuflash._explain import explain
 from cuflash._gradient import attention_backward, attention_vjp
@@ -17,6 +18,7 @@ from cuflash._warmup import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "CompileError",
     "UnsupportedError",
     "__version__",
