@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cuflash._extras import split
 from cuflash._prepare import prepared
 
 
@@ -15,9 +16,15 @@ def attention(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
+    mask: Any = None,
+    bias: Any = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
     layout: str = "HLD",
     return_lse: bool = False,
     out: Any = None,
@@ -46,15 +53,32 @@ def attention(
     q_offset : int, optional
         Position of query row 0 on the key axis. Default `Lk - Lq`: the last query sits at the last
         key (bottom-right alignment). 0 is top-left alignment.
+    mask : bool array or BlockMask, optional
+        True where a query may attend; broadcastable to (*B, H, Lq, Lk), (Lq, Lk) without a head
+        axis. Tiles that are wholly False are skipped. Everything else (causal, window) still holds.
+    bias : array, optional
+        Added to the logits; broadcastable as mask is, of q's dtype or float32. -inf entries give a
+        pair no weight.
     softcap : float, optional
-        Logits become `softcap * tanh(logits / softcap)`, before ALiBi and masks.
+        Logits become `softcap * tanh(logits / softcap)`, before score_mod, bias, ALiBi and masks.
     alibi_slopes : array (H,) or (*B, H), optional
         Adds `-slope * abs(d - j)` to the logits; of q's dtype or float32.
+    sinks : array (H,), optional
+        One further logit per head that takes its share of the softmax and has no value; lse
+        includes it. Of q's dtype or float32.
+    score_mod : ScoreMod, optional
+        The logit as an expression of the scaled score and its place.
     scale : float, optional
         Factor on `q @ k.T`: any finite number, 0 and negative included. Default `1 / sqrt(D)`.
+    dropout_p : float
+        Probability with which a weight is dropped after the softmax, in [0, 1); kept ones are
+        divided by `1 - dropout_p`.
+    seed : int or uint64 array of one element
+        Of dropout, needed when `dropout_p > 0`. An array is read when the kernel runs, so that
+        replays of a CUDA graph may differ. `dropout_mask` gives the weights that a seed keeps.
     layout : {"HLD", "LHD"}
         Order of the last three axes of q, k, v and out. "LHD" is (*B, L, H, D), as FlashAttention
-        and JAX have it; lse and alibi_slopes keep their shapes. Arrays of two axes are (L, D) in
+        and JAX have it; lse, mask, bias and alibi_slopes keep their shapes. Arrays of two axes are (L, D) in
         both.
     return_lse : bool
         Also return the log-sum-exp.
@@ -83,13 +107,15 @@ def attention(
     See Also
     --------
     attention_vjp : The result together with its pullback, for training.
+    attention_varlen : Sequences of several lengths, packed one behind the other.
     merge_attention : Attention over a union of keys from parts.
     explain : Which kernel a call runs, and why.
 
     Notes
     -----
-    Order of operations: `s = scale * q @ k.T`; softcap; ALiBi; masks set `s = -inf`; softmax; `@
-    v`. Sums and softmax are float32 for 16-bit and float32 inputs, float64 for float64.
+    Order of operations: `s = scale * q @ k.T`; softcap; score_mod; bias; ALiBi; masks set
+    `s = -inf`; softmax over the keys and the sink; dropout; `@ v`. Sums and softmax are float32 for
+    16-bit and float32 inputs, float64 for float64.
 
     What a causal row sees with 2 queries and 5 keys, and with 5 queries and 2 keys (1 = sees)::
 
@@ -99,8 +125,11 @@ def attention(
                          1 0
                          1 1
 
-    A row that sees no key has out = 0, lse = -inf and gradient 0, never NaN. What a masked key
-    holds, NaN included, never matters.
+    A row that sees no key has out = 0, lse = -inf (with a sink: the sink) and gradient 0, never
+    NaN. What a masked key holds, NaN included, never matters; `bias = -inf` makes no such promise.
+
+    Weight (b, h, i, j) is dropped when word `j % 4` of Philox-4x32-10 [4]_ of the counter (j // 4,
+    i, h, b) under the key `seed` is below `dropout_p * 2**32`, b counting over all batch axes.
 
     Memory beyond the results is O(Lq + Lk): tiles of keys pass by a running maximum and sum, the
     algorithm of [1]_ (section 3.1) on the online softmax of [2]_, parallel over queries as in [3]_
@@ -111,6 +140,7 @@ def attention(
     .. [1] Dao, Fu, Ermon, Rudra, Re, "FlashAttention", 2022, arXiv:2205.14135.
     .. [2] Milakov, Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867.
     .. [3] Dao, "FlashAttention-2", 2023, arXiv:2307.08691.
+    .. [4] Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Examples
     --------
@@ -132,12 +162,14 @@ def attention(
     array([[0, 0, 1, 1, 0],
            [0, 0, 0, 1, 1]])
     """
+    mask, seed, extra = split(mask, seed, score_mod)
     call, arrays = prepared(
         "forward",
-        (q, k, v, alibi_slopes, out),
-        (causal, window, q_offset, scale, softcap, layout, return_lse),
+        (q, k, v, mask, bias, alibi_slopes, sinks, seed, out),
+        (causal, window, q_offset, scale, softcap, layout, dropout_p, return_lse),
+        extra,
     )
-    result, lse = call.run(*arrays)
+    result, lse = call.run(arrays, extra)
     if out is not None:
         result = out
     return (result, lse) if return_lse else result

@@ -7,7 +7,6 @@ refuses a Problem; an empty list means that it can run. Numbers live in `_tuning
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,8 +14,9 @@ from cuflash import _tuning
 from cuflash._compile import Specialization
 from cuflash._device import Limits
 from cuflash._errors import UnsupportedError
-from cuflash._plan_values import Launch, Plan, Schedule, Scratch
+from cuflash._plan_values import Launch, Plan, Schedule
 from cuflash._problem import Problem
+from cuflash._variants import Variant, variant_of
 
 ELEMENTS = {"float16": "f16", "bfloat16": "bf16"}
 
@@ -37,7 +37,8 @@ def dim_pair(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     return bucket, bucket
 
 
-def _common_refusals(problem: Problem, arch: str) -> list[str]:
+def common_refusals(problem: Problem, arch: str) -> list[str]:
+    """What no kernel of the family can do."""
     reasons = []
     if problem.dtype not in ELEMENTS:
         reasons.append(f"{problem.dtype} is not one of {', '.join(ELEMENTS)}")
@@ -57,38 +58,39 @@ def _common_refusals(problem: Problem, arch: str) -> list[str]:
     return reasons
 
 
-def is_linear(problem: Problem) -> bool:
-    """True when the fast variant serves: plain scaled scores, every row on a 16-byte boundary."""
-    return (
-        problem.softcap is None
-        and not problem.alibi
-        and float(np.float32(problem.scale)) != 0.0
-        and problem.head_dim % 8 == 0
-        and problem.head_dim_v % 8 == 0
-        and all(operand.aligned for _, operand in problem.operands)
-    )
+# What tests compile beside the plain variants: every option alone, and all of them together.
+OPTION_VARIANTS = (
+    Variant("linear", mask="dense"),
+    Variant("linear", mask="blocks"),
+    Variant("shaped", mask="blocks"),
+    Variant("general", bias=True),
+    Variant("linear", sinks=True),
+    Variant("linear", dropout=True),
+    Variant("linear", packed=True),
+    Variant("general", mask="dense", bias=True, sinks=True, dropout=True, packed=True),
+)
 
 
-def _specialize(
+def specialize(
     kernel: str,
     arch: str,
     element: str,
     dims: tuple[int, int],
-    linear: bool,
+    variant: Variant,
     tile: _tuning.Tile,
     shared: int,
-    variant: str = "",
+    prefix: str = "",
     **extra: int,
 ) -> Specialization:
-    words = [variant, "linear" if linear else "shaped"]
+    """The Specialization of one variant of a kernel; `prefix` stands before the variant's name."""
     return Specialization(
         kernel=kernel,
         arch=arch,
         element=element,
         head_dim=dims[0],
         head_dim_v=dims[1],
-        variant="_".join(w for w in words if w),
-        types=(("Mask", "mask::Band"), ("Score", f"score::{'Linear' if linear else 'Shaped'}")),
+        variant="_".join(word for word in (prefix, variant.name) if word),
+        types=variant.types,
         constants=(
             ("BLOCK_Q", tile.block_q),
             ("BLOCK_K", tile.block_k),
@@ -97,9 +99,10 @@ def _specialize(
             ("MIN_BLOCKS", tile.min_blocks),
             ("SHARED_BYTES", shared),
             ("Q_IN_REGISTERS", bool(tile.q_in_registers)),
-            ("VECTOR_ONLY", linear),
+            *variant.constants,
             *extra.items(),
         ),
+        preamble=variant.expression,
     )
 
 
@@ -107,20 +110,28 @@ def heads_per_section(problem: Problem, limits: Limits) -> int:
     """How many query heads to walk together so that their K and V stay in half of the L2 cache."""
     per_kv_head = problem.len_k * (problem.head_dim + problem.head_dim_v) * 2
     group = problem.heads // problem.heads_kv
-    total = problem.heads * int(np.prod(problem.batch, dtype=np.int64))
+    total = total_heads(problem, problem.heads)
     kv_heads = max(1, limits.l2_bytes // 2 // max(1, per_kv_head))
     return int(max(1, min(total, kv_heads * group)))
 
 
-def _total_heads(problem: Problem, heads: int) -> int:
+def total_heads(problem: Problem, heads: int) -> int:
+    """Heads of the whole batch; those of all packed sequences lie in one row of the arrays."""
+    if problem.packed is not None:
+        return heads
     return heads * int(np.prod(problem.batch, dtype=np.int64))
 
 
-def _tiles(length: int, block: int) -> int:
-    return -(-length // block)
+def tiles_of(problem: Problem, block: int, by_keys: bool = False) -> int:
+    """Tiles of one head; of packed sequences as many as there can be at most."""
+    if problem.packed is not None:
+        total = problem.packed.total_k if by_keys else problem.packed.total_q
+        return total // block + problem.batch[0]
+    return -(-(problem.len_k if by_keys else problem.len_q) // block)
 
 
-def _check_grid(problem: Problem, grid: int) -> int:
+def check_grid(problem: Problem, grid: int) -> int:
+    """The number of blocks, if one launch can have so many."""
     if grid > MAX_GRID:
         raise UnsupportedError(
             f"this call needs {grid} blocks, more than the {MAX_GRID} of one launch.\n"
@@ -130,14 +141,18 @@ def _check_grid(problem: Problem, grid: int) -> int:
     return grid
 
 
-def _elements(arch: str) -> tuple[str, ...]:
+def elements(arch: str) -> tuple[str, ...]:
+    """Number formats that kernels of an architecture come in."""
     return ("f16",) if arch == "sm_75" else ("f16", "bf16")
 
 
-def _launch(spec: Specialization, heads: int, schedule: Schedule, problem: Problem) -> Launch:
+def launch(
+    spec: Specialization, heads: int, schedule: Schedule, problem: Problem, walk: str = ""
+) -> Launch:
     """A launch of one block per (head, tile)."""
-    grid = _check_grid(problem, schedule.tiles * heads)
-    return Launch(spec, grid, spec.constant("WARPS") * 32, spec.constant("SHARED_BYTES"), schedule)
+    grid = check_grid(problem, schedule.tiles * heads)
+    threads = spec.constant("WARPS") * 32
+    return Launch(spec, grid, threads, spec.constant("SHARED_BYTES"), schedule, walk)
 
 
 class Forward:
@@ -149,174 +164,32 @@ class Forward:
         """See Candidate."""
         if problem.direction != "forward":
             return [f"does not compute {problem.direction}"]
-        return _common_refusals(problem, arch)
+        return common_refusals(problem, arch)
 
     def specialization(
-        self, arch: str, element: str, dims: tuple[int, int], linear: bool
+        self, arch: str, element: str, dims: tuple[int, int], variant: Variant
     ) -> Specialization:
         """The kernel for one (element, dims, variant)."""
         tile = _tuning.forward_tile(arch, *dims)
         shared = _tuning.forward_shared_bytes(tile, *dims)
-        return _specialize(self.name, arch, element, dims, linear, tile, shared)
+        return specialize(self.name, arch, element, dims, variant, tile, shared)
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""
-        for element in _elements(arch):
+        for element in elements(arch):
             for dims in DIM_PAIRS:
-                for linear in (True, False):
-                    yield self.specialization(arch, element, dims, linear)
+                for variant in (Variant("linear"), Variant("shaped"), *OPTION_VARIANTS):
+                    yield self.specialization(arch, element, dims, variant)
 
     def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
         """See Candidate."""
         dims = dim_pair(problem.head_dim, problem.head_dim_v)
-        spec = self.specialization(arch, ELEMENTS[problem.dtype], dims, is_linear(problem))
+        spec = self.specialization(arch, ELEMENTS[problem.dtype], dims, variant_of(problem))
         schedule = Schedule(
-            tiles=_tiles(problem.len_q, spec.constant("BLOCK_Q")),
+            tiles=tiles_of(problem, spec.constant("BLOCK_Q")),
             heads_per_section=heads_per_section(problem, limits),
             # With a right bound and no left one, later rows see more keys.
             longest_last=problem.right is not None and problem.left is None,
         )
-        heads = _total_heads(problem, problem.heads)
-        return Plan(self.name, (_launch(spec, heads, schedule, problem),))
-
-
-@dataclass(frozen=True, slots=True)
-class BackwardKernels:
-    """The kernels of one backward pass; None where it needs none."""
-
-    prepare: Specialization
-    dkdv: Specialization | None
-    dq: Specialization | None
-    convert: Specialization | None
-    slopes: Specialization | None
-
-
-class Backward:
-    """Portable backward: mma.sync, kernels_cu/backward_*.cuh.
-
-    Deterministic: dK and dV per key tile, dQ in a pass of its own. Otherwise dQ is gathered by
-    float32 reductions during the first pass, which saves forming the scores a second time.
-    """
-
-    name = "backward"
-
-    def refusals(self, problem: Problem, arch: str) -> list[str]:
-        """See Candidate."""
-        if problem.direction != "backward":
-            return [f"does not compute {problem.direction}"]
-        return _common_refusals(problem, arch)
-
-    def specialization(
-        self,
-        kernel: str,
-        arch: str,
-        element: str,
-        dims: tuple[int, int],
-        linear: bool,
-        accumulate: bool = False,
-    ) -> Specialization:
-        """One of the backward kernels; `accumulate`: dkdv also gathers dQ."""
-        row = f"{kernel}_accumulate" if accumulate else kernel
-        tile = _tuning.backward_tile(row, arch, *dims)
-        shared = _tuning.backward_shared_bytes(row, tile, *dims)
-        if kernel != "backward_dkdv":
-            return _specialize(kernel, arch, element, dims, linear, tile, shared)
-        variant = "accumulate" if accumulate else ""
-        return _specialize(
-            kernel, arch, element, dims, linear, tile, shared, variant, ACCUMULATE_DQ=accumulate
-        )
-
-    def kernels(
-        self,
-        arch: str,
-        element: str,
-        dims: tuple[int, int],
-        linear: bool,
-        wrt: tuple[str, ...],
-        deterministic: bool,
-    ) -> BackwardKernels:
-        """What computes the gradients in `wrt`."""
-
-        def kernel(name: str, accumulate: bool = False) -> Specialization:
-            return self.specialization(name, arch, element, dims, linear, accumulate)
-
-        keys = "k" in wrt or "v" in wrt
-        slopes = "alibi_slopes" in wrt
-        # Slope partials come from the dQ pass; without dK and dV there is nothing to share with.
-        fused = "q" in wrt and keys and not deterministic and not slopes
-        fused = fused and _tuning.accumulates(arch, *dims, linear)
-        own_dq = ("q" in wrt or slopes) and not fused
-        return BackwardKernels(
-            prepare=kernel("backward_prepare"),
-            dkdv=kernel("backward_dkdv", fused) if keys else None,
-            dq=kernel("backward_dq") if own_dq else None,
-            convert=kernel("backward_convert") if fused else None,
-            slopes=kernel("backward_slopes") if slopes else None,
-        )
-
-    def specializations(self, arch: str) -> Iterator[Specialization]:
-        """See Candidate."""
-        for element in _elements(arch):
-            for dims in DIM_PAIRS:
-                for linear in (True, False):
-                    for name in ("backward_prepare", "backward_dq", "backward_convert"):
-                        yield self.specialization(name, arch, element, dims, linear)
-                    both = _tuning.accumulates(arch, *dims, linear)
-                    for accumulate in (False, True) if both else (False,):
-                        yield self.specialization(
-                            "backward_dkdv", arch, element, dims, linear, accumulate
-                        )
-                # Slopes only occur with the shaped score.
-                yield self.specialization("backward_slopes", arch, element, dims, False)
-
-    def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
-        """See Candidate."""
-        dims = dim_pair(problem.head_dim, problem.head_dim_v)
-        kernels = self.kernels(
-            arch,
-            ELEMENTS[problem.dtype],
-            dims,
-            is_linear(problem),
-            problem.wrt,
-            problem.deterministic,
-        )
-        heads = _total_heads(problem, problem.heads)
-        heads_kv = _total_heads(problem, problem.heads_kv)
-        section = heads_per_section(problem, limits)
-        group = problem.heads // problem.heads_kv
-        later_rows_longer = problem.right is not None and problem.left is None
-        # Seen from the keys the band is mirrored: early keys are seen by most rows under a right bound.
-        later_keys_longer = problem.left is not None and problem.right is None
-
-        def by_query(spec: Specialization, per_section: int = 1) -> Launch:
-            tiles = _tiles(problem.len_q, spec.constant("BLOCK_Q"))
-            schedule = Schedule(tiles, per_section, later_rows_longer)
-            return _launch(spec, heads, schedule, problem)
-
-        launches = [by_query(kernels.prepare)]
-        scratch = [
-            Scratch(name, (heads, problem.len_q), "float32") for name in ("lse_log2", "delta")
-        ]
-        if kernels.convert:
-            scratch.append(Scratch("dq_accum", (heads, problem.len_q, dims[0]), "float32"))
-        if kernels.dkdv:
-            tiles = _tiles(problem.len_k, kernels.dkdv.constant("BLOCK_K"))
-            schedule = Schedule(tiles, max(1, section // group), later_keys_longer)
-            launches.append(_launch(kernels.dkdv, heads_kv, schedule, problem))
-        if kernels.dq:
-            launches.append(by_query(kernels.dq, section))
-        if kernels.convert:
-            launches.append(by_query(kernels.convert))
-        if kernels.slopes and kernels.dq:
-            tiles = launches[-1].schedule.tiles  # of backward_dq, whose partials these are
-            scratch.append(Scratch("slope_partial", (heads, tiles), "float32"))
-            launches.append(
-                Launch(
-                    kernels.slopes,
-                    _check_grid(problem, heads),
-                    kernels.slopes.constant("WARPS") * 32,
-                    0,
-                    Schedule(tiles, 1, False),
-                )
-            )
-        return Plan(self.name, tuple(launches), tuple(scratch))
+        heads = total_heads(problem, problem.heads)
+        return Plan(self.name, (launch(spec, heads, schedule, problem, "queries"),))

@@ -19,9 +19,9 @@ from cuflash._arrays import Meta
 from cuflash._errors import Seen, kind_of, shown_dtype
 
 LAYOUTS = ("HLD", "LHD")
-GRADIENT_NAMES = ("q", "k", "v", "alibi_slopes")
+GRADIENT_NAMES = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 # Options whose gradient exists only when they were given.
-OPTION_GRADIENTS = ("alibi_slopes",)
+OPTION_GRADIENTS = ("bias", "alibi_slopes", "sinks")
 # 16-bit and float32 inputs keep scores in float32: a factor outside this range is 0 or inf there.
 _FLOAT32_MIN, _FLOAT32_MAX = 2.0**-126, 2.0**126
 
@@ -169,16 +169,29 @@ def layout(value: Any, seen: Seen) -> str:
     return value
 
 
-def wrt(value: Any, given: Mapping[str, Any], seen: Seen) -> tuple[str, ...]:
-    """Names to differentiate, in canonical order, each once."""
-    way_out = f"a tuple of names out of {GRADIENT_NAMES}."
+def wrt(
+    value: Any, given: Mapping[str, Any], seen: Seen, parameters: Mapping[str, bool] | None = None
+) -> tuple[str, ...]:
+    """Names to differentiate, in canonical order, each once.
+
+    `parameters` of a score expression by name: True for arrays, which have a gradient.
+    """
+    parameters = parameters or {}
+    arrays = tuple(name for name, is_array in parameters.items() if is_array)
+    way_out = f"a tuple of names out of {GRADIENT_NAMES + arrays}."
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise seen.error(TypeError, f"wrt is {kind_of(value)}, not a tuple of names.", way_out)
     names = tuple(value)
     for name in names:
         if not isinstance(name, str):
             raise seen.error(TypeError, f"wrt holds {kind_of(name)}, not only names.", way_out)
-        if name not in GRADIENT_NAMES:
+        if parameters.get(name) is False:
+            raise seen.error(
+                ValueError,
+                f"wrt names {name!r}, which is a number, and only arrays have gradients.",
+                f"give the score_mod {name} as an array of no axes, or drop it from wrt.",
+            )
+        if name not in GRADIENT_NAMES and name not in arrays:
             raise seen.error(
                 ValueError, f"wrt names {name!r}, which is no argument of this call.", way_out
             )
@@ -188,7 +201,7 @@ def wrt(value: Any, given: Mapping[str, Any], seen: Seen) -> tuple[str, ...]:
                 f"wrt names {name!r}, and {name} was not given.",
                 f"pass {name}=, or drop it from wrt.",
             )
-    return tuple(name for name in GRADIENT_NAMES if name in names)
+    return tuple(name for name in GRADIENT_NAMES + arrays if name in names)
 
 
 # ---- arrays

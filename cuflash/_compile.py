@@ -32,6 +32,11 @@ PARAMS = {
     "backward_dq": "BackwardParams",
     "backward_convert": "BackwardParams",
     "backward_slopes": "BackwardParams",
+    "backward_sinks": "BackwardParams",
+    "backward_bias": "BackwardParams",
+    "backward_score": "BackwardParams",
+    "mask_tiles": "MaskTilesParams",
+    "packed_plan": "PackedPlanParams",
     "merge": "MergeParams",
 }
 
@@ -46,8 +51,8 @@ class Specialization:
         "forward" -> kernels_cu/forward.cuh, device function `forward<Config>`.
     arch : str
         "sm_86", "sm_90a".
-    element : {"f16", "bf16"}
-        Trait in kernels_cu/element.cuh.
+    element : {"f16", "bf16", ""}
+        Trait in kernels_cu/element.cuh; "" for kernels that touch no elements.
     head_dim, head_dim_v : int
         Compiled extents, at least the true ones.
     variant : str
@@ -56,6 +61,8 @@ class Specialization:
         `using` members of Config.
     constants : tuple of (str, int or bool)
         Named constants of Config.
+    preamble : str
+        Source that stands between the include and Config: types of its own.
     """
 
     kernel: str
@@ -66,6 +73,7 @@ class Specialization:
     variant: str
     types: tuple[tuple[str, str], ...] = ()
     constants: tuple[tuple[str, int], ...] = ()
+    preamble: str = ""
 
     @property
     def name(self) -> str:
@@ -94,16 +102,17 @@ def digest() -> str:
 
 def source(spec: Specialization) -> str:
     """The generated translation unit of one kernel."""
-    members = [f"using Element = {spec.element};"]
+    members = [f"using Element = {spec.element};"] if spec.element else []
     members += [f"using {name} = {value};" for name, value in spec.types]
     dims = (("HEAD_DIM", spec.head_dim), ("HEAD_DIM_V", spec.head_dim_v))
-    for name, value in dims + spec.constants:
+    for name, value in (dims if spec.head_dim else ()) + spec.constants:
         kind, text = ("bool", str(value).lower()) if isinstance(value, bool) else ("int", value)
         members.append(f"static constexpr {kind} {name} = {text};")
     body = "\n".join(f"    {member}" for member in members)
     return (
         f"// {spec.name}   for {spec.arch}   kernels_cu digest {digest()}\n"
         f'#include "{spec.kernel}.cuh"\n'
+        f"{spec.preamble}"
         f"struct Config {{\n{body}\n}};\n"
         'extern "C" __global__ __launch_bounds__(Config::WARPS * 32, Config::MIN_BLOCKS)\n'
         f"void {spec.name}(const __grid_constant__ {PARAMS[spec.kernel]} p) {{\n"

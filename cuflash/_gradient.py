@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cuflash import _checks
 from cuflash._attention import attention
 from cuflash._errors import Seen
+from cuflash._extras import split
 from cuflash._prepare import prepared
 
 
@@ -47,13 +48,20 @@ def attention_backward(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
+    mask: Any = None,
+    bias: Any = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
     layout: str = "HLD",
     dq: Any = None,
     dk: Any = None,
     dv: Any = None,
+    dbias: Any = None,
 ) -> Gradients:
     """Gradients of `sum(out * dout) + sum(lse * dlse)`, from what `attention` returned.
 
@@ -79,9 +87,11 @@ def attention_backward(
         Bitwise the same gradients from run to run. On a GPU the default sums q's gradient in
         whatever order blocks finish, which is faster. The CPU backend is always deterministic.
     wrt : sequence of str
-        What to differentiate: any of "q", "k", "v", and "alibi_slopes" when given.
-    causal, window, q_offset, softcap, alibi_slopes, scale, layout
-        As in `attention`.
+        What to differentiate: any of "q", "k", "v", and of "bias", "alibi_slopes", "sinks" and the
+        names of score_mod's arrays when given.
+    causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, score_mod, scale, \
+dropout_p, seed, layout
+        As in `attention`; dropout needs the seed of the forward call.
     dq : array (*B, H, Lq, D), optional
         Where to write q's gradient; writable, dtype of q, overlapping nothing else. It is returned.
         A buffer for a gradient that `wrt` does not name is an error.
@@ -89,13 +99,16 @@ def attention_backward(
         Same for k.
     dv : array (*B, Hkv, Lk, Dv), optional
         Same for v.
+    dbias : array, optional
+        Same for the bias, in its shape and dtype.
 
     Returns
     -------
     Gradients
         Named tuple (q, k, v, bias, alibi_slopes, sinks, score_params); None where not asked for.
         Each has the shape and dtype of its argument: k and v that broadcast over the batch, or
-        serve several heads, get the sum.
+        serve several heads, get the sum, and so does a bias along the axes it lacks. Those of
+        bias, slopes, sinks and score parameters are always reproducible. score_params is a dict.
 
     Raises
     ------
@@ -111,7 +124,8 @@ def attention_backward(
     With `P = exp(s - lse)` recomputed tile by tile: `dv = P.T @ dout`, `dP = dout @ v.T`,
     `dS = P * (dP - rowsum(dout * out) + dlse)`, `dq = scale * dS @ k`, `dk = scale * dS.T @ q`;
     FlashAttention [1]_, section 3.1 and appendix B.2. A row that sees no key gives 0 to every
-    gradient; a key that no row sees gets exactly 0.
+    gradient; a key that no row sees gets exactly 0. The bias gets `dS` itself, before softcap and
+    score_mod. With dropout, P in dv and dP are dropped and scaled as in the forward pass.
 
     References
     ----------
@@ -135,13 +149,16 @@ def attention_backward(
     """
     if type(wrt) is not tuple:
         wrt = _names(wrt)
+    mask, seed, extra = split(mask, seed, score_mod)
+    options = (mask, bias, alibi_slopes, sinks, seed)
     call, arrays = prepared(
         "backward",
-        (dout, q, k, v, out, lse, dlse, alibi_slopes, dq, dk, dv),
-        (causal, window, q_offset, scale, softcap, layout, deterministic, wrt),
+        (dout, q, k, v, out, lse, dlse, *options, dq, dk, dv, dbias),
+        (causal, window, q_offset, scale, softcap, layout, dropout_p, deterministic, wrt),
+        extra,
     )
-    grads = call.run(*arrays)
-    for name, buffer in (("q", dq), ("k", dk), ("v", dv)):
+    grads = call.run(arrays, extra)
+    for name, buffer in (("q", dq), ("k", dk), ("v", dv), ("bias", dbias)):
         if buffer is not None:
             grads[name] = buffer
     return Gradients(**grads)
@@ -157,9 +174,15 @@ def attention_vjp(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
+    mask: Any = None,
+    bias: Any = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
     layout: str = "HLD",
     return_lse: bool = False,
     out: Any = None,
@@ -179,7 +202,8 @@ def attention_vjp(
         Values.
     deterministic, wrt
         As in `attention_backward`, for every pullback.
-    causal, window, q_offset, softcap, alibi_slopes, scale, layout, out
+    causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, score_mod, scale, \
+dropout_p, seed, layout, out
         As in `attention`.
     return_lse : bool
         Return `((out, lse), pullback)`.
@@ -189,7 +213,7 @@ def attention_vjp(
     out : array (*B, H, Lq, Dv)
         As from `attention`.
     pullback : callable
-        `pullback(dout, dlse=None, *, dq=None, dk=None, dv=None)` returns `Gradients`. It may be
+        `pullback(dout, dlse=None, *, dq=None, dk=None, dv=None, dbias=None)` returns `Gradients`. It may be
         called any number of times. It keeps q, k, v, out and lse, not copies: they must not change
         before it is called.
 
@@ -225,37 +249,56 @@ def attention_vjp(
     >>> bool(np.isclose((moved - out).sum(), (grads.k * step).sum()))
     True
     """
-    given = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes}
+    given = {"q": q, "k": k, "v": v, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     seen = Seen(given, {"deterministic": deterministic, "wrt": wrt})
-    wrt = _checks.wrt(wrt, given, seen)
+    wrt = _checks.wrt(wrt, given, seen, score_parameters(score_mod))
     options = {
         "causal": causal,
         "window": window,
         "q_offset": q_offset,
+        "mask": mask,
+        "bias": bias,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "score_mod": score_mod,
         "scale": scale,
+        "dropout_p": dropout_p,
+        "seed": seed,
         "layout": layout,
     }
     deterministic = _checks.flag("deterministic", deterministic, seen)
     _checks.flag("return_lse", return_lse, seen)
     result, lse = attention(q, k, v, **options, return_lse=True, out=out)
     options.update(deterministic=deterministic, wrt=wrt)
-    pullback = Pullback((q, k, v, result, lse), options)
+    pullback = Pullback(attention_backward, (q, k, v, result, lse), options)
     return ((result, lse) if return_lse else result), pullback
 
 
 class Pullback:
     """What `attention_vjp` returns beside the result; see there."""
 
-    __slots__ = ("_options", "_saved")
+    __slots__ = ("_backward", "_options", "_saved")
 
-    def __init__(self, saved: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        backward: Callable[..., Gradients],
+        saved: tuple[Any, ...],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._backward = backward
         self._saved = saved
         self._options = options
 
     def __call__(
-        self, dout: Any, dlse: Any = None, *, dq: Any = None, dk: Any = None, dv: Any = None
+        self,
+        dout: Any,
+        dlse: Any = None,
+        *,
+        dq: Any = None,
+        dk: Any = None,
+        dv: Any = None,
+        dbias: Any = None,
     ) -> Gradients:
         """Gradients of `sum(out * dout) + sum(lse * dlse)`.
 
@@ -265,16 +308,21 @@ class Pullback:
             Gradient of out, in its dtype and layout.
         dlse : array (*B, H, Lq), optional
             Gradient of lse, in its dtype; None for 0.
-        dq, dk, dv : array, optional
+        dq, dk, dv, dbias : array, optional
             Where to write; see `attention_backward`.
 
         Returns
         -------
         Gradients
         """
-        return attention_backward(
-            dout, *self._saved, dlse=dlse, dq=dq, dk=dk, dv=dv, **self._options
-        )
+        buffers = {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias}
+        return self._backward(dout, *self._saved, dlse=dlse, **buffers, **self._options)
+
+
+def score_parameters(score_mod: Any) -> dict[str, bool]:
+    """Parameters of a score expression by name: is it an array? Empty for what is no ScoreMod."""
+    arrays = getattr(score_mod, "arrays", {})
+    return {name: name in arrays for name in getattr(score_mod, "params", {})}
 
 
 def _names(wrt: Any) -> Any:

@@ -3,11 +3,13 @@
 A gradient has the shape and memory order of its argument. Kernels write straight into it unless its
 columns are not contiguous (then into a buffer that is copied back) or its argument was broadcast
 along a batch axis (then into one gradient per batch element, which are summed in float32, in a
-fixed order).
+fixed order). Gradients of a bias, of sinks and of score parameters come as partial sums that do not
+depend on the order of blocks; see `_launch_gradients.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,23 +17,29 @@ import numpy as np
 
 from cuflash import _params, _plan
 from cuflash._device import Device
-from cuflash._launch import (
+from cuflash._extras import Extra
+from cuflash._launch import fill_shape, is_empty, steps_of, vector_flags
+from cuflash._launch_gradients import OptionGradients
+from cuflash._launch_options import OptionInputs
+from cuflash._problem import Problem
+from cuflash._views import (
     TRAILING,
     OrderedEmpty,
     View,
     Views,
     contiguous_view,
-    fill_shape,
     kernel_view,
     result_view,
-    steps_of,
-    vector_flags,
 )
-from cuflash._problem import Problem
 
-# The argument and the name of its gradient's view; where the params struct has another name, that.
+# The argument and the name of its gradient's view.
 GRADIENTS = {"q": "dq", "k": "dk", "v": "dv", "alibi_slopes": "dslope"}
-POINTER = {"alibi_slopes": "dslopes"}
+# In the order of the params struct: inputs, gradients, workspace.
+INPUTS = ("q", "k", "v", "out", "dout", "lse", "dlse", "alibi_slopes")
+WORKSPACE = ("lse_log2", "delta", "dq_accum", "slope_partial")
+PLAIN_POINTERS = len(INPUTS) + len(GRADIENTS) + len(WORKSPACE)
+# Workspaces are parts of one allocation, each on its own line of the cache.
+ALIGNMENT = 256
 
 
 class Target:
@@ -46,10 +54,10 @@ class Target:
         else:
             own = result_view(self.new.view) if has_columns else self.new.view
         batch = shape[: len(shape) - TRAILING[name]]
-        self.full = problem.batch + shape[len(batch) :]
+        full = () if problem.packed is not None and has_columns else problem.batch
         # Slopes sum over what they are broadcast along in their own kernel.
-        broadcast = name != "dslope" and batch != problem.batch
-        self.view: View = contiguous_view(self.full) if broadcast else own
+        broadcast = name != "dslope" and batch != full
+        self.view: View = contiguous_view(full + shape[len(batch) :]) if broadcast else own
 
     def finish(self, written: Any, result: Any) -> None:
         """Bring what the kernel wrote into the user's array."""
@@ -75,88 +83,118 @@ class PreparedBackward:
         problem: Problem,
         arrays: Mapping[str, Any],
         given: Mapping[str, Any],
+        extra: Extra,
     ) -> None:
         self._device, self._problem = device, problem
-        self._empty = (
-            problem.len_q == 0 or problem.len_k == 0 or 0 in problem.batch or problem.heads == 0
-        )
+        self._empty = is_empty(problem)
         self._targets = {
             name: Target(problem, arrays[name], given.get(name), GRADIENTS[name])
             for name in problem.wrt
+            if name in GRADIENTS
         }
+        self._gradients = OptionGradients(device, problem, arrays, given)
         if self._empty:
             return
         inputs = {
-            "slope" if name == "alibi_slopes" else name: array
-            for name, array in arrays.items()
-            if array is not None
+            "slope" if name == "alibi_slopes" else name: arrays[name]
+            for name in INPUTS
+            if arrays[name] is not None
         }
         found = {name: kernel_view(a, TRAILING[name] == 3) for name, a in inputs.items()}
         for name, target in self._targets.items():
             found[GRADIENTS[name]] = target.view
-        self._views = Views(problem, found)
+        self._options = OptionInputs(device, problem, arrays, extra)
+        plan = _plan.plan(problem, device)
+        others = self._options.found | self._gradients.bind(plan)
+        self._views = Views(problem, found | others)
         addresses = {name: device.pointer(array) for name, array in inputs.items()}
-        addresses |= {GRADIENTS[n]: device.pointer(a) for n, a in given.items() if a is not None}
+        addresses |= {GRADIENTS[n]: device.pointer(a) for n, a in given.items() if n in GRADIENTS}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
+        flags |= self._options.flags
         if "slope" in inputs and inputs["slope"].dtype.itemsize == 2:
             flags |= _params.FLAG_SLOPES_16BIT
         struct = np.zeros((), _params.BACKWARD)
         for name in found:
             self._views.fill(struct[f"{name}_strides"], name)
         fill_shape(struct["shape"], problem, self._views, flags)
-        plan = _plan.plan(problem, device)
-        self._scratch = [(s.name, s.shape, np.dtype(s.dtype)) for s in plan.scratch]
-        self._steps = steps_of(plan, device, struct, len(_params.BACKWARD_POINTERS))
+        self._options.bind(struct, self._views, plan, extra)
+        bias = arrays.get("bias")
+        self._gradients.fill(struct, self._views, None if bias is None else bias.dtype)
+        self._place_workspace(plan)
+        self._has_options = problem.has_options
+        count = len(_params.BACKWARD_POINTERS) if self._has_options else PLAIN_POINTERS
+        self._steps = steps_of(plan, device, struct, count, self._options)
 
-    def __call__(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    def _place_workspace(self, plan: _plan.Plan) -> None:
+        """Byte offsets of the workspaces in one allocation; None for those not needed."""
+        sizes = {s.name: math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in plan.scratch}
+        offsets, total = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = total
+            total += -(-size // ALIGNMENT) * ALIGNMENT
+        self._workspace_bytes = total
+        self._offsets = [offsets.get(name) for name in WORKSPACE]
+
+    def __call__(
+        self, arrays: Mapping[str, Any], given: Mapping[str, Any], extra: Extra
+    ) -> dict[str, Any]:
         """Run on the current stream; returns the gradient of every name in `wrt`."""
         device = self._device
         with device.activate():
-            results = self._results(arrays, given)
+            results = {
+                name: self._result(target, arrays[name], given.get(name))
+                for name, target in self._targets.items()
+            }
             if self._empty:
                 for result in results.values():
                     result[...] = 0
-                return results
-            written = {name: self._written(name, result) for name, result in results.items()}
-            self._launch(arrays, written)
-            for name, target in self._targets.items():
-                target.finish(written[name], results[name])
-            return results
+                return results | self._gradients.empty(arrays, given)
+            written = results
+            if self._views.copies:
+                written = {name: self._written(name, result) for name, result in results.items()}
+            if self._problem.packed is not None:
+                # Rows past the last sequence keep this.
+                for array in written.values():
+                    array[...] = 0
+            held: list[Any] = []  # copies and workspace, alive until the launches are queued
+            pointers = self._pointers(arrays, written, held)
+            pending: dict[str, Any] = {}
+            if self._has_options:
+                pointers += self._options.pointers(arrays, extra, held)
+                last, pending = self._gradients.start(arrays, given, held)
+                pointers += last
+            for step in self._steps:
+                step(pointers)
+            if written is not results:
+                for name, target in self._targets.items():
+                    target.finish(written[name], results[name])
+            return results | self._gradients.finish(pending) if pending else results
 
-    def _results(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        """The arrays to return: the user's, or new ones."""
-        results = {}
-        for name, target in self._targets.items():
-            result = given.get(name)
-            if result is None:
-                result = target.new(self._device, arrays[name].dtype)
-            results[name] = result
-        return results
+    def _result(self, target: Target, argument: Any, given: Any | None) -> Any:
+        """The array to return: the user's, or a new one."""
+        return target.new(self._device, argument.dtype) if given is None else given
 
     def _written(self, name: str, result: Any) -> Any:
         """What a kernel writes one gradient to: the result itself, or an array beside it."""
         place = self._views.views[GRADIENTS[name]]
         return self._device.empty(place.shape, result.dtype) if place.copied else result
 
-    def _launch(self, arrays: Mapping[str, Any], written: Mapping[str, Any]) -> None:
-        """Copy what must be copied, allocate workspace, and queue every kernel."""
+    def _pointers(
+        self, arrays: Mapping[str, Any], written: Mapping[str, Any], held: list[Any]
+    ) -> list[int]:
+        """Inputs, gradients and workspace, in the order of the params struct."""
         device, views = self._device, self._views
-        at = dict.fromkeys(_params.BACKWARD_POINTERS, 0)
-        held = []  # copies and workspace, alive until the launches are queued
-        for name, array in arrays.items():
-            if array is None:
-                continue
-            if views.copies:
-                view = "slope" if name == "alibi_slopes" else name
-                array = views.input(view, array, device)
+        at = device.pointer
+        found = []
+        for name in INPUTS:
+            array = arrays[name]
+            if array is not None and views.copies:
+                array = views.input("slope" if name == "alibi_slopes" else name, array, device)
                 held.append(array)
-            at[name] = device.pointer(array)
-        for name, array in written.items():
-            at[POINTER.get(name, GRADIENTS[name])] = device.pointer(array)
-        for name, shape, dtype in self._scratch:
-            workspace = device.empty(shape, dtype)
-            held.append(workspace)
-            at[name] = device.pointer(workspace)
-        pointers = tuple(at.values())
-        for step in self._steps:
-            step(pointers)
+            found.append(0 if array is None else at(array))
+        for name in GRADIENTS:
+            found.append(at(written[name]) if name in written else 0)
+        workspace = device.empty((self._workspace_bytes // 4,), np.float32)
+        held.append(workspace)
+        base = at(workspace)
+        return found + [0 if offset is None else base + offset for offset in self._offsets]

@@ -11,7 +11,7 @@ from cuflash import _params
 from cuflash._compile import Specialization
 from cuflash._device import Device
 from cuflash._errors import UnsupportedError
-from cuflash._launch import OrderedEmpty, contiguous_view, kernel_view, merge_axes
+from cuflash._views import OrderedEmpty, contiguous_view, kernel_view, merge_axes
 
 WARPS = 4
 FLOAT = np.dtype(np.float32)

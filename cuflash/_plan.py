@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Protocol
 
-from cuflash import _candidates
+from cuflash import _candidates, _candidates_backward
 from cuflash._compile import Specialization
 from cuflash._device import Device, Limits
 from cuflash._errors import UnsupportedError
@@ -40,7 +40,10 @@ class Candidate(Protocol):
         """Every kernel this candidate can choose on `arch`."""
 
 
-CANDIDATES: tuple[Candidate, ...] = (_candidates.Forward(), _candidates.Backward())
+CANDIDATES: tuple[Candidate, ...] = (
+    _candidates.Forward(),
+    _candidates_backward.Backward(),
+)
 
 
 def refusals(problem: Problem, arch: str) -> dict[str, list[str]]:

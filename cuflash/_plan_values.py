@@ -18,13 +18,21 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch."""
+    """One kernel launch.
+
+    Parameters
+    ----------
+    walk : {"", "rows", "queries", "keys"}
+        What its tiles are: rows alone, or queries or keys with the pairs they see (which needs a
+        mask's tile map). "" for a launch without tiles.
+    """
 
     spec: Specialization
     grid: int
     block: int
     shared_memory: int
     schedule: Schedule
+    walk: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +45,19 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True)
+class BiasWork:
+    """How the sums of a bias's gradient are shared out; see kernels_cu/backward_bias.cuh."""
+
+    splits: int
+    tiles_q: int
+    tiles_k: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What `_launch` runs, in order."""
 
     candidate: str
     launches: tuple[Launch, ...]
     scratch: tuple[Scratch, ...] = ()
+    bias: BiasWork | None = None

@@ -11,22 +11,28 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from cuflash import _arrays, _cpu
+from cuflash import _arrays, _runs
+from cuflash._arrangement import Arrangement
 from cuflash._arrays import Meta
 from cuflash._device import Device
 from cuflash._errors import Seen
-from cuflash._options import Options
-from cuflash._problem import GRADIENT_BUFFERS, Arrangement, Problem
+from cuflash._extras import NOTHING, Extra
+from cuflash._problem import SCORE_PREFIX, Problem
 
 # Array arguments, required ones first.
-FORWARD_ARRAYS = ("q", "k", "v", "alibi_slopes", "out")
-BACKWARD_ARRAYS = ("dout", "q", "k", "v", "out", "lse", "dlse", "alibi_slopes", "dq", "dk", "dv")
+OPTION_ARRAYS = ("mask", "bias", "alibi_slopes", "sinks", "seed")
+FORWARD_ARRAYS = ("q", "k", "v", *OPTION_ARRAYS, "out")
+BACKWARD_ARRAYS = (
+    *("dout", "q", "k", "v", "out", "lse", "dlse"),
+    *OPTION_ARRAYS,
+    *("dq", "dk", "dv", "dbias"),
+)
 REQUIRED = {"forward": 3, "backward": 6}
-OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv")}
-_OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "layout")
+OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv", "dbias")}
+_OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "layout", "dropout_p")
 FORWARD_OPTIONS = (*_OPTIONS, "return_lse")
 BACKWARD_OPTIONS = (*_OPTIONS, "deterministic", "wrt")
 ARRAYS = {"forward": FORWARD_ARRAYS, "backward": BACKWARD_ARRAYS}
@@ -37,140 +43,6 @@ OPTIONS = {"forward": FORWARD_OPTIONS, "backward": BACKWARD_OPTIONS}
 CAPACITY = 1024
 
 
-class CpuForward:
-    """Attention of NumPy arrays on the CPU backend."""
-
-    def __init__(self, problem: Problem, view: Arrangement) -> None:
-        self.problem, self.view = problem, view
-
-    def __call__(self, q: Any, k: Any, v: Any, slopes: Any, out: Any) -> tuple[Any, Any]:
-        """(out, lse) in the caller's order."""
-        view = self.view
-        out, lse = _cpu.forward(
-            view.standard(q),
-            view.standard(k),
-            view.standard(v),
-            cpu_options(self.problem, slopes),
-            out=view.standard(out),
-        )
-        return view.restore(out), view.restore_rows(lse)
-
-
-class CpuBackward:
-    """Gradients of NumPy arrays on the CPU backend."""
-
-    def __init__(self, problem: Problem, view: Arrangement) -> None:
-        self.problem, self.view = problem, view
-
-    def __call__(self, *arrays: Any) -> dict[str, Any]:
-        """Gradients by argument name, in the caller's order."""
-        dout, q, k, v, out, lse, dlse, slopes, *buffers = arrays
-        view, problem = self.view, self.problem
-        grads = _cpu.backward(
-            view.standard(dout),
-            view.standard(q),
-            view.standard(k),
-            view.standard(v),
-            view.standard(out),
-            view.standard_rows(lse),
-            cpu_options(problem, slopes),
-            dlse=view.standard_rows(dlse),
-            wrt=problem.wrt,
-            grads_out=standard_buffers(view, buffers),
-        )
-        return restored(view, grads, slopes)
-
-
-class DeviceForward:
-    """Attention on a device: kernels are chosen, compiled and loaded here, launched by calls."""
-
-    def __init__(
-        self, device: Device, problem: Problem, view: Arrangement, arrays: Sequence[Any]
-    ) -> None:
-        from cuflash import _launch
-
-        self.view = view
-        q, k, v, slopes, out = arrays
-        known = {"q": view.standard(q), "k": view.standard(k), "v": view.standard(v)}
-        if slopes is not None:
-            known["alibi_slopes"] = with_head_axis(slopes)
-        self._run = _launch.PreparedForward(device, problem, known, view.standard(out))
-
-    def __call__(self, q: Any, k: Any, v: Any, slopes: Any, out: Any) -> tuple[Any, Any]:
-        """(out, lse) in the caller's order."""
-        view = self.view
-        if view.plain:
-            return self._run(q, k, v, slopes, out)
-        out, lse = self._run(
-            view.standard(q),
-            view.standard(k),
-            view.standard(v),
-            with_head_axis(slopes),
-            view.standard(out),
-        )
-        return view.restore(out), view.restore_rows(lse)
-
-
-class DeviceBackward:
-    """Gradients on a device."""
-
-    def __init__(
-        self, device: Device, problem: Problem, view: Arrangement, arrays: Sequence[Any]
-    ) -> None:
-        from cuflash import _launch_backward
-
-        self.view = view
-        known, given = self._standard(arrays)
-        self._run = _launch_backward.PreparedBackward(device, problem, known, given)
-
-    def __call__(self, *arrays: Any) -> dict[str, Any]:
-        """Gradients by argument name, in the caller's order."""
-        return restored(self.view, self._run(*self._standard(arrays)), arrays[7])
-
-    def _standard(self, arrays: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Inputs and gradient buffers by name, in the order (*B, H, L, D)."""
-        dout, q, k, v, out, lse, dlse, slopes, *buffers = arrays
-        view = self.view
-        known = {"dout": dout, "q": q, "k": k, "v": v, "out": out}
-        known = {name: view.standard(array) for name, array in known.items()}
-        known["lse"] = view.standard_rows(lse)
-        known["dlse"] = view.standard_rows(dlse)
-        known["alibi_slopes"] = with_head_axis(slopes)
-        return known, standard_buffers(view, buffers)
-
-
-def with_head_axis(slopes: Any) -> Any:
-    """Slopes of a call without heads may have no axis; below, they always have one."""
-    return slopes.reshape(1) if slopes is not None and slopes.ndim == 0 else slopes
-
-
-def cpu_options(problem: Problem, slopes: Any) -> Options:
-    """What the CPU backend reads of a Problem."""
-    return Options(
-        scale=problem.scale,
-        q_offset=problem.q_offset,
-        left=problem.left,
-        right=problem.right,
-        softcap=problem.softcap,
-        alibi_slopes=with_head_axis(slopes),
-        deterministic=problem.deterministic,
-    )
-
-
-def standard_buffers(view: Arrangement, buffers: Sequence[Any]) -> dict[str, Any]:
-    """The gradient arrays to write to, by argument name."""
-    names = GRADIENT_BUFFERS.values()
-    return {n: view.standard(b) for n, b in zip(names, buffers, strict=True) if b is not None}
-
-
-def restored(view: Arrangement, grads: Mapping[str, Any], slopes: Any) -> dict[str, Any]:
-    """Gradients in the caller's order and shapes."""
-    result = {n: view.restore(grads[n]) for n in GRADIENT_BUFFERS.values() if n in grads}
-    if "alibi_slopes" in grads:
-        result["alibi_slopes"] = grads["alibi_slopes"].reshape(slopes.shape)
-    return result
-
-
 class Prepared:
     """A checked and planned call.
 
@@ -178,7 +50,7 @@ class Prepared:
     ----------
     problem : Problem
     run : callable
-        Takes the arrays in the order of ARRAYS.
+        Takes the arrays in the order of ARRAYS, and the Extra.
     """
 
     __slots__ = ("_outputs", "_spans", "problem", "run")
@@ -220,7 +92,11 @@ _lock = threading.Lock()
 
 
 def key_of(
-    direction: str, device: Device | None, arrays: Sequence[Any], values: Sequence[Any]
+    direction: str,
+    device: Device | None,
+    arrays: Sequence[Any],
+    values: Sequence[Any],
+    extra: Extra = NOTHING,
 ) -> Any:
     """Everything a Prepared depends on, hashable if the option values are.
 
@@ -235,11 +111,12 @@ def key_of(
         *values,
         *map(type, values),
         tuple(map(type, window)) if type(window) is tuple else None,
+        None if extra is NOTHING else extra.key,
     )
 
 
 def prepared(
-    direction: str, objects: Sequence[Any], values: Sequence[Any]
+    direction: str, objects: Sequence[Any], values: Sequence[Any], extra: Extra = NOTHING
 ) -> tuple[Prepared, Sequence[Any]]:
     """The Prepared of a call, and its arrays adopted.
 
@@ -250,22 +127,28 @@ def prepared(
         Array arguments, in the order of ARRAYS.
     values : sequence
         Options, in the order of OPTIONS.
+    extra : Extra
+        Everything else; its score arrays are adopted behind the others.
     """
+    names: Sequence[str] = ARRAYS[direction]
+    if extra.score_mod is not None:
+        names = (*names, *(SCORE_PREFIX + name for name in extra.score_arrays))
+        objects = (*objects, *extra.score_arrays.values())
     arrays, device = _arrays.adopt(
-        ARRAYS[direction],
+        names,
         objects,
         REQUIRED[direction],
         lambda: dict(zip(OPTIONS[direction], values, strict=True)),
     )
     if type(values[1]) is list:  # window=[3, 0]: a key must be hashable
         values = (values[0], tuple(values[1]), *values[2:])
-    key = key_of(direction, device, arrays, values)
+    key = key_of(direction, device, arrays, values, extra)
     try:
         call = _calls.get(key)
     except TypeError:  # an option such as a 0-d array: right or refused, but never warm
         key = call = None
     if call is None:
-        call = prepare(direction, device, arrays, values)
+        call = prepare(direction, device, names, arrays, values, extra)
         if key is not None:
             with _lock:
                 while len(_calls) >= CAPACITY:
@@ -273,33 +156,45 @@ def prepared(
                 _calls[key] = call
     shared = call.overlap(arrays)
     if shared is not None:
-        names = ARRAYS[direction]
         name, other = (names[place] for place in shared)
-        raise seen_of(direction, arrays, values).error(
+        raise seen_of(direction, names, arrays, values, extra).error(
             ValueError, f"{name} shares memory with {other}.", f"pass another array, or no {name}=."
         )
     return call, arrays
 
 
-def seen_of(direction: str, arrays: Sequence[Any], values: Sequence[Any]) -> Seen:
+def seen_of(
+    direction: str,
+    names: Sequence[str],
+    arrays: Sequence[Any],
+    values: Sequence[Any],
+    extra: Extra,
+) -> Seen:
     """The arguments, for messages."""
-    return Seen(
-        dict(zip(ARRAYS[direction], arrays, strict=True)),
-        dict(zip(OPTIONS[direction], values, strict=True)),
-    )
+    options = dict(zip(OPTIONS[direction], values, strict=True))
+    if options["dropout_p"] == 0:
+        del options["dropout_p"]
+    told = {"mask": extra.blocks, "score_mod": extra.score_mod, "seed": extra.seed}
+    options |= {name: value for name, value in told.items() if value is not None}
+    return Seen(dict(zip(names, arrays, strict=True)), options)
 
 
 def prepare(
-    direction: str, device: Device | None, arrays: Sequence[Any], values: Sequence[Any]
+    direction: str,
+    device: Device | None,
+    names: Sequence[str],
+    arrays: Sequence[Any],
+    values: Sequence[Any],
+    extra: Extra,
 ) -> Prepared:
     """Check, plan and load; raises whatever is wrong with the call."""
-    names = ARRAYS[direction]
     metas = [None if a is None else meta_of(a, device is not None) for a in arrays]
     problem = Problem.of(
         direction,
         {name: meta for name, meta in zip(names, metas, strict=True) if meta is not None},
         dict(zip(OPTIONS[direction], values, strict=True)),
-        seen_of(direction, arrays, values),
+        seen_of(direction, names, arrays, values, extra),
+        extra=extra,
         on_device=device is not None,
     )
     if os.environ.get("CUFLASH_EXPLAIN", "0") != "0":
@@ -309,10 +204,11 @@ def prepare(
     view = Arrangement(arrays[names.index("q")].ndim, values[_OPTIONS.index("layout")])
     run: Callable[..., Any]
     if device is None:
-        run = (CpuForward if direction == "forward" else CpuBackward)(problem, view)
+        on_cpu = _runs.CpuForward if direction == "forward" else _runs.CpuBackward
+        run = on_cpu(problem, view)
     else:
-        on_device = DeviceForward if direction == "forward" else DeviceBackward
-        run = on_device(device, problem, view, arrays)
+        on_device = _runs.DeviceForward if direction == "forward" else _runs.DeviceBackward
+        run = on_device(device, problem, view, arrays, extra)
     return Prepared(direction, problem, run, metas)
 
 

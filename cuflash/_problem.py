@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cuflash import _checks, _dtypes
+from cuflash import _checks, _dtypes, _option_checks
+from cuflash._arrangement import Arrangement
+from cuflash._extras import NOTHING, Extra
 
 if TYPE_CHECKING:
     from cuflash._arrays import Meta
     from cuflash._errors import Seen
+
+__all__ = ["GRADIENT_BUFFERS", "Arrangement", "MaskFacts", "Operand", "Packed", "Problem"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,43 @@ class Operand:
 
 
 @dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """What planning knows of a mask.
+
+    Parameters
+    ----------
+    kind : {"dense", "blocks"}
+        A boolean array or a BlockMask.
+    shape : tuple of int
+        Of the array, or the leading axes of the BlockMask.
+    block_size : tuple of int
+        (0, 0) of an array.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    block_size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Sequences of several lengths one behind the other: `batch` is their number, `len_q` and
+    `len_k` bound their lengths.
+
+    Parameters
+    ----------
+    total_q, total_k : int
+        Rows of the packed arrays.
+    aligned_at_end : bool
+        `q_offset` counts from each sequence's own `len_k - len_q`.
+    """
+
+    total_q: int
+    total_k: int
+    aligned_at_end: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One checked attention call.
 
@@ -65,6 +106,16 @@ class Problem:
         Row at position d sees keys d - left .. d + right; causal is already in `right`.
     softcap : float or None
     alibi : bool
+    mask : MaskFacts or None
+    bias : tuple of int or None
+        Its shape.
+    sinks : bool
+    dropout_p : float
+    expression : str
+        Source of the score expression for kernels; "" for none.
+    score_params : tuple of str
+        Names of its parameter arrays.
+    packed : Packed or None
     deterministic : bool
     wrt : tuple of str
         Gradients wanted, in canonical order; empty in forward.
@@ -87,9 +138,28 @@ class Problem:
     right: int | None
     softcap: float | None = None
     alibi: bool = False
+    mask: MaskFacts | None = None
+    bias: tuple[int, ...] | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+    expression: str = ""
+    score_params: tuple[str, ...] = ()
+    packed: Packed | None = None
     deterministic: bool = False
     wrt: tuple[str, ...] = ()
     operands: tuple[tuple[str, Operand], ...] = ()
+
+    @property
+    def has_options(self) -> bool:
+        """Whether kernels need more than a band, a scale, a soft cap and ALiBi."""
+        return bool(
+            self.mask is not None
+            or self.bias is not None
+            or self.sinks
+            or self.dropout_p
+            or self.expression
+            or self.packed is not None
+        )
 
     @classmethod
     def of(
@@ -99,6 +169,7 @@ class Problem:
         options: Mapping[str, Any],
         seen: Seen,
         *,
+        extra: Extra = NOTHING,
         on_device: bool = False,
     ) -> Problem:
         """Check one call completely and state what it asks.
@@ -107,12 +178,14 @@ class Problem:
         ----------
         direction : {"forward", "backward"}
         arrays : name -> Meta
-            Metadata of every array given, in the caller's layout: "q", "k", "v", perhaps
-            "alibi_slopes" and "out"; in backward also "dout", "lse", perhaps "dlse", "dq", "dk",
-            "dv".
+            Metadata of every array given, in the caller's layout: "q", "k", "v", perhaps "mask",
+            "bias", "alibi_slopes", "sinks", "seed", "out"; in backward also "dout", "lse", perhaps
+            "dlse", "dq", "dk", "dv", "dbias"; parameters of a score expression as "score_mod.name".
         options : name -> value
-            causal, window, q_offset, scale, softcap, layout; in forward also return_lse, in
-            backward deterministic, wrt.
+            causal, window, q_offset, scale, softcap, layout, dropout_p; in forward also
+            return_lse, in backward deterministic, wrt.
+        extra : Extra
+            Block mask, score expression, seed.
         seen : Seen
             The arguments as the user gave them, for messages.
         on_device : bool
@@ -150,12 +223,13 @@ class Problem:
             right=right,
             softcap=_checks.softcap(options["softcap"], dtype, seen),
             alibi="alibi_slopes" in arrays,
+            **_option_facts(arrays, options, extra, sizes, view.rank, row, seen),
             deterministic=_checks.flag("deterministic", options.get("deterministic", False), seen),
-            wrt=_checks.wrt(options["wrt"], arrays, seen) if direction == "backward" else (),
+            wrt=_wrt(options["wrt"], arrays, extra, seen) if direction == "backward" else (),
             operands=tuple(
                 (name, Operand.of(view.standard_meta(meta)))
                 for name, meta in arrays.items()
-                if name not in ROW_ARRAYS
+                if name in HEAD_DIM_ARRAYS
             ),
         )
         if direction == "forward":
@@ -168,69 +242,54 @@ class Problem:
         return problem
 
 
-# Arrays without a head dim.
-ROW_ARRAYS = frozenset(("lse", "dlse", "alibi_slopes"))
-GRADIENT_BUFFERS = {"dq": "q", "dk": "k", "dv": "v"}
+HEAD_DIM_ARRAYS = frozenset(("q", "k", "v", "out", "dout", "dq", "dk", "dv"))
+GRADIENT_BUFFERS = {"dq": "q", "dk": "k", "dv": "v", "dbias": "bias"}
+SCORE_PREFIX = "score_mod."
 
 
-@dataclass(frozen=True, slots=True)
-class Arrangement:
-    """How a caller's axes map to the order (*B, H, L, D), which everything below the checks uses.
+def _wrt(value: Any, arrays: Mapping[str, Any], extra: Extra, seen: Seen) -> tuple[str, ...]:
+    score = extra.score_mod
+    parameters = {} if score is None else {n: n in score.arrays for n in score.params}
+    return _checks.wrt(value, arrays, seen, parameters)
 
-    Parameters
-    ----------
-    rank : int
-        Axes of q; with 2 there is no head axis.
-    layout : {"HLD", "LHD"}
-    """
 
-    rank: int
-    layout: str
+def _option_facts(
+    arrays: Mapping[str, Meta],
+    options: Mapping[str, Any],
+    extra: Extra,
+    sizes: _checks.Extents,
+    rank: int,
+    row: _dtypes.Dtype,
+    seen: Seen,
+) -> dict[str, Any]:
+    """Checks masks, bias, sinks, dropout and score expression; the Problem's fields about them."""
+    pairs = _option_checks.pair_shape(sizes, rank)
+    facts: dict[str, Any] = {}
+    if "mask" in arrays:
+        _option_checks.mask(arrays["mask"], pairs, seen)
+        facts["mask"] = MaskFacts("dense", arrays["mask"].shape)
+    elif extra.blocks is not None:
+        _option_checks.blocks(extra.blocks, pairs, seen)
+        facts["mask"] = MaskFacts("blocks", extra.blocks.slots.shape[:-2], extra.blocks.block_size)
+    if "bias" in arrays:
+        _option_checks.bias(arrays["bias"], pairs, row.numpy, seen)
+        facts["bias"] = arrays["bias"].shape
+    if "sinks" in arrays:
+        _option_checks.sinks(arrays["sinks"], sizes.heads, row.numpy, rank, seen)
+        facts["sinks"] = True
+    has_seed = "seed" in arrays or extra.seed is not None
+    if "seed" in arrays:
+        _option_checks.seed(arrays["seed"], seen)
+    facts["dropout_p"] = _option_checks.dropout(options.get("dropout_p", 0.0), has_seed, seen)
+    if extra.score_mod is not None:
+        from cuflash import _scoremod_source
 
-    @property
-    def swaps(self) -> bool:
-        """Whether heads and rows change places."""
-        return self.rank > 2 and self.layout == "LHD"
-
-    @property
-    def plain(self) -> bool:
-        """Whether the caller's order is the standard one."""
-        return self.rank > 2 and not self.swaps
-
-    def standard_meta(self, meta: Meta) -> Meta:
-        """Metadata of an array with a head dim, as `standard` would give it."""
-        if self.rank == 2:
-            return meta.expanded()
-        return meta.swapped(-3, -2) if self.swaps else meta
-
-    def standard(self, array: Any) -> Any:
-        """View of an array with a head dim as (*B, H, L, D)."""
-        if array is None or self.plain:
-            return array
-        return array[None] if self.rank == 2 else array.swapaxes(-3, -2)
-
-    def restore(self, array: Any) -> Any:
-        """View of a standard array in the caller's order."""
-        if array is None or self.plain:
-            return array
-        return array[0] if self.rank == 2 else array.swapaxes(-3, -2)
-
-    def standard_rows(self, array: Any) -> Any:
-        """View of lse or dlse as (*B, H, Lq)."""
-        return array[None] if array is not None and self.rank == 2 else array
-
-    def restore_rows(self, array: Any) -> Any:
-        """View of a standard lse in the caller's shape."""
-        return array[0] if self.rank == 2 else array
-
-    def shape(self, standard: tuple[int, ...], rows: bool = False) -> tuple[int, ...]:
-        """The caller's shape of a standard one; `rows` for lse and dlse."""
-        if self.rank == 2:
-            return standard[1:]
-        if rows or not self.swaps:
-            return standard
-        *batch, heads, length, dim = standard
-        return (*batch, length, heads, dim)
+        start = len(SCORE_PREFIX)
+        params = {n[start:]: m for n, m in arrays.items() if n.startswith(SCORE_PREFIX)}
+        _option_checks.score_arrays(params, row.numpy, _checks.GRADIENT_NAMES, seen)
+        facts["expression"] = _scoremod_source.source(extra.score_mod)
+        facts["score_params"] = tuple(params)
+    return facts
 
 
 def _check_forward(
@@ -267,4 +326,4 @@ def _check_backward(
                 f"{name} was given, and wrt does not name {of!r}.",
                 f"add {of!r} to wrt, or drop {name}=.",
             )
-        _checks.output(name, arrays[name], arrays[of].shape, row.numpy, seen)
+        _checks.output(name, arrays[name], arrays[of].shape, arrays[of].dtype, seen)

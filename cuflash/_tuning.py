@@ -179,6 +179,7 @@ BACKWARD_ROWS: dict[str, Tile] = {
     "backward_prepare": Tile(32, 32, 4),
     "backward_convert": Tile(32, 32, 4),
     "backward_slopes": Tile(32, 32, 1),
+    "backward_sinks": Tile(32, 32, 4),
 }
 
 
@@ -191,6 +192,8 @@ def backward_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Til
     """The tile of one of the backward kernels."""
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
+    if kernel == "backward_bias":
+        return Tile(64, 64, 4) if head_dim + head_dim_v <= 256 else Tile(32, 32, 2)
     table = {
         "backward_dkdv": BACKWARD_DKDV,
         "backward_dkdv_accumulate": BACKWARD_DKDV_ACCUMULATE,
@@ -209,6 +212,8 @@ def backward_shared_bytes(kernel: str, tile: Tile, head_dim: int, head_dim_v: in
     if kernel in ("backward_dkdv", "backward_dkdv_accumulate"):
         scores = 2 * tile.block_k * max(32, tile.block_q) if kernel.endswith("accumulate") else 0
         return tile.block_k * row + tile.stages * tile.block_q * (row + 8) + scores
+    if kernel == "backward_bias":
+        return (tile.block_q + tile.block_k) * row
     if kernel == "backward_dq":
         return tile.block_q * row + tile.stages * tile.block_k * row
     return 0

@@ -1,0 +1,242 @@
+"""The portable family's backward: which kernels a gradient takes, in which order, with which workspace.
+
+Deterministic: dK and dV per key tile, dQ in a pass of its own. Otherwise dQ is gathered by float32
+reductions during the first pass, which saves forming the scores a second time. Gradients of a bias,
+of slopes, sinks and score parameters never depend on the order of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cuflash import _tuning
+from cuflash._candidates import (
+    DIM_PAIRS,
+    ELEMENTS,
+    OPTION_VARIANTS,
+    check_grid,
+    common_refusals,
+    dim_pair,
+    elements,
+    heads_per_section,
+    launch,
+    specialize,
+    tiles_of,
+    total_heads,
+)
+from cuflash._compile import Specialization
+from cuflash._device import Limits
+from cuflash._plan_values import BiasWork, Launch, Plan, Schedule, Scratch
+from cuflash._problem import Problem
+from cuflash._variants import Variant, variant_of
+
+# Kernels that pass over rows: they know no mask and no score.
+ROW_KERNELS = ("backward_prepare", "backward_convert", "backward_slopes", "backward_sinks")
+# Partial sums of a bias gradient over pairs: at most so many times its own size.
+MAX_PAIR_SPLITS = 8
+MAX_SPLITS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardKernels:
+    """The kernels of one backward pass; None where it needs none."""
+
+    prepare: Specialization
+    dkdv: Specialization | None
+    dq: Specialization | None
+    convert: Specialization | None
+    slopes: Specialization | None
+    sinks: Specialization | None
+    bias: Specialization | None
+    score: Specialization | None
+
+
+class Backward:
+    """Portable backward: mma.sync, kernels_cu/backward_*.cuh."""
+
+    name = "backward"
+
+    def refusals(self, problem: Problem, arch: str) -> list[str]:
+        """See Candidate."""
+        if problem.direction != "backward":
+            return [f"does not compute {problem.direction}"]
+        return common_refusals(problem, arch)
+
+    def specialization(
+        self,
+        kernel: str,
+        arch: str,
+        element: str,
+        dims: tuple[int, int],
+        variant: Variant,
+        accumulate: bool = False,
+    ) -> Specialization:
+        """One of the backward kernels; `accumulate`: dkdv also gathers dQ."""
+        row = f"{kernel}_accumulate" if accumulate else kernel
+        if kernel in ROW_KERNELS:
+            score = "linear" if variant.score == "linear" else "shaped"
+            variant = Variant(score, packed=variant.packed)
+        tile = _tuning.backward_tile(row, arch, *dims)
+        shared = _tuning.backward_shared_bytes(row, tile, *dims)
+        if kernel != "backward_dkdv":
+            return specialize(kernel, arch, element, dims, variant, tile, shared)
+        prefix = "accumulate" if accumulate else ""
+        return specialize(
+            kernel, arch, element, dims, variant, tile, shared, prefix, ACCUMULATE_DQ=accumulate
+        )
+
+    def kernels(self, problem: Problem, arch: str) -> BackwardKernels:
+        """What computes the gradients in `wrt`."""
+        dims = dim_pair(problem.head_dim, problem.head_dim_v)
+        variant = variant_of(problem).without_sinks()
+        wrt = problem.wrt
+
+        def kernel(
+            name: str, wanted: bool, accumulate: bool = False, variant: Variant = variant
+        ) -> Specialization | None:
+            if not wanted:
+                return None
+            element = ELEMENTS[problem.dtype]
+            return self.specialization(name, arch, element, dims, variant, accumulate)
+
+        keys = "k" in wrt or "v" in wrt
+        slopes = "alibi_slopes" in wrt
+        # Slope partials come from the dQ pass; without dK and dV there is nothing to share with.
+        fused = "q" in wrt and keys and not problem.deterministic and not slopes
+        fused = fused and gathers(arch, dims, variant)
+        prepare = kernel("backward_prepare", True)
+        assert prepare is not None
+        return BackwardKernels(
+            prepare=prepare,
+            dkdv=kernel("backward_dkdv", keys, fused),
+            dq=kernel("backward_dq", ("q" in wrt or slopes) and not fused),
+            convert=kernel("backward_convert", fused),
+            slopes=kernel("backward_slopes", slopes),
+            sinks=kernel("backward_sinks", "sinks" in wrt),
+            bias=kernel("backward_bias", "bias" in wrt),
+            score=None,
+        )
+
+    def specializations(self, arch: str) -> Iterator[Specialization]:
+        """See Candidate."""
+        for element in elements(arch):
+            for dims in DIM_PAIRS:
+                for variant in (Variant("linear"), Variant("shaped"), *OPTION_VARIANTS):
+                    yield from self._variant_kernels(arch, element, dims, variant.without_sinks())
+
+    def _variant_kernels(
+        self, arch: str, element: str, dims: tuple[int, int], variant: Variant
+    ) -> Iterator[Specialization]:
+        """Every kernel of one variant."""
+        names = ["backward_prepare", "backward_dq", "backward_convert"]
+        # Slopes only occur with a score that has them.
+        names += ["backward_slopes", "backward_sinks"] if variant.score != "linear" else []
+        names += ["backward_bias"] if variant.bias else []
+        for name in names:
+            yield self.specialization(name, arch, element, dims, variant)
+        for accumulate in (False, True) if gathers(arch, dims, variant) else (False,):
+            yield self.specialization("backward_dkdv", arch, element, dims, variant, accumulate)
+
+    def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
+        """See Candidate."""
+        return _Planner(problem, self.kernels(problem, arch), limits).plan(self.name)
+
+
+def gathers(arch: str, dims: tuple[int, int], variant: Variant) -> bool:
+    """Whether a variant's dK/dV kernel can gather dQ on the way."""
+    if variant.score == "general" or variant.dropout or variant.packed:
+        return False
+    return _tuning.accumulates(arch, *dims, variant.score == "linear")
+
+
+class _Planner:
+    """Puts launches and workspace of one backward pass together."""
+
+    def __init__(self, problem: Problem, kernels: BackwardKernels, limits: Limits) -> None:
+        self.problem, self.kernels, self.limits = problem, kernels, limits
+        self.heads = total_heads(problem, problem.heads)
+        self.section = heads_per_section(problem, limits)
+        packed = problem.packed
+        self.rows = problem.len_q if packed is None else packed.total_q
+        self.launches: list[Launch] = []
+        self.scratch: list[Scratch] = []
+
+    def by_query(self, spec: Specialization, per_section: int = 1, walk: str = "rows") -> Launch:
+        """A launch over the tiles of queries."""
+        problem = self.problem
+        later_rows_longer = problem.right is not None and problem.left is None
+        tiles = tiles_of(problem, spec.constant("BLOCK_Q"))
+        schedule = Schedule(tiles, per_section, later_rows_longer)
+        return launch(spec, self.heads, schedule, problem, walk)
+
+    def workspace(self, name: str, *tail: int) -> None:
+        """Float32 workspace per head."""
+        self.scratch.append(Scratch(name, (self.heads, *tail), "float32"))
+
+    def plan(self, name: str) -> Plan:
+        """The whole of it."""
+        problem, kernels = self.problem, self.kernels
+        self.launches.append(self.by_query(kernels.prepare))
+        self.workspace("lse_log2", self.rows)
+        self.workspace("delta", self.rows)
+        if kernels.convert:
+            self.workspace("dq_accum", self.rows, kernels.convert.head_dim)
+        if kernels.dkdv:
+            # Seen from the keys the band is mirrored: early keys are seen by most rows under a
+            # right bound.
+            later_keys_longer = problem.left is not None and problem.right is None
+            tiles = tiles_of(problem, kernels.dkdv.constant("BLOCK_K"), by_keys=True)
+            group = problem.heads // problem.heads_kv
+            schedule = Schedule(tiles, max(1, self.section // group), later_keys_longer)
+            heads_kv = total_heads(problem, problem.heads_kv)
+            self.launches.append(launch(kernels.dkdv, heads_kv, schedule, problem, "keys"))
+        if kernels.dq:
+            self.launches.append(self.by_query(kernels.dq, self.section, "queries"))
+        if kernels.convert:
+            self.launches.append(self.by_query(kernels.convert))
+        if kernels.slopes and kernels.dq:
+            tiles = self.launches[-1].schedule.tiles  # of backward_dq, whose partials these are
+            self.workspace("slope_partial", tiles)
+            self.per_head(kernels.slopes, tiles)
+        if kernels.sinks:
+            self.per_head(kernels.sinks, 1)
+        bias = None
+        if kernels.bias:
+            bias = self.bias(kernels.bias)
+        return Plan(name, tuple(self.launches), tuple(self.scratch), bias)
+
+    def per_head(self, spec: Specialization, tiles: int) -> None:
+        """A launch of one block per head of every batch element or packed sequence."""
+        blocks = check_grid(
+            self.problem, self.problem.heads * int(np.prod(self.problem.batch, dtype=np.int64))
+        )
+        threads = spec.constant("WARPS") * 32
+        self.launches.append(Launch(spec, blocks, threads, 0, Schedule(tiles, 1, False)))
+
+    def bias(self, spec: Specialization) -> BiasWork:
+        """The launch for a bias's gradient: one block per tile of the bias and share of its sums."""
+        problem = self.problem
+        assert problem.bias is not None
+        full = (*problem.batch, problem.heads, problem.len_q, problem.len_k)
+        own = (1,) * (len(full) - len(problem.bias)) + problem.bias
+        tiles_q = -(-problem.len_q // spec.constant("BLOCK_Q"))
+        tiles_k = -(-problem.len_k // spec.constant("BLOCK_K"))
+        counts = (*full[:-2], tiles_q, tiles_k)
+        blocks = shares = 1
+        for count, extent, whole in zip(counts, own, full, strict=True):
+            if extent == whole:
+                blocks *= count
+            else:
+                shares *= count
+        wanted = -(-2 * self.limits.sm_count // max(1, blocks))
+        most = MAX_PAIR_SPLITS if own[-2:] == full[-2:] else MAX_SPLITS
+        splits = max(1, min(wanted, shares, most))
+        grid = check_grid(problem, blocks * splits)
+        threads = spec.constant("WARPS") * 32
+        shared = spec.constant("SHARED_BYTES")
+        schedule = Schedule(tiles_q, 1, False)
+        self.launches.append(Launch(spec, grid, threads, shared, schedule, "queries"))
+        return BiasWork(splits, tiles_q, tiles_k)

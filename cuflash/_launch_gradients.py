@@ -1,0 +1,136 @@
+"""Gradients of a bias and of sinks on the device: workspace for partial sums, and their last sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cuflash import _params
+from cuflash._device import Device
+from cuflash._errors import UnsupportedError
+from cuflash._plan import Plan
+from cuflash._problem import Problem
+from cuflash._views import OrderedEmpty, View, Views, contiguous_view, pair_view
+
+
+class OptionGradients:
+    """The gradients of one kind of call that do not belong to q, k, v or slopes."""
+
+    def __init__(
+        self,
+        device: Device,
+        problem: Problem,
+        arrays: Mapping[str, Any],
+        given: Mapping[str, Any],
+    ) -> None:
+        self._device, self._problem = device, problem
+        self._wants_bias, self._wants_sinks = "bias" in problem.wrt, "sinks" in problem.wrt
+        if self._wants_bias:
+            bias = arrays["bias"]
+            self._new_bias = OrderedEmpty(tuple(bias.shape), bias)
+            self._bias_buffer = given.get("bias")
+
+    # ---- once per kind of call
+
+    def bind(self, plan: Plan) -> dict[str, View]:
+        """Where kernels write the bias's gradient: its own array, or one per share of its sums."""
+        if not self._wants_bias:
+            return {}
+        assert plan.bias is not None
+        self._work, shape = plan.bias, self._problem.bias or ()
+        if self._work.splits > 1:
+            view = contiguous_view(shape, copied=False)
+        elif self._bias_buffer is not None:
+            view = pair_view(self._bias_buffer, len(shape))
+        else:
+            view = self._new_bias.view
+        missing = len(self._problem.batch) + 3 - len(shape)
+        steps = (0 if n == 1 else step for n, step in zip(shape, view.strides, strict=True))
+        return {"dbias": View((1,) * missing + shape, (0,) * missing + tuple(steps), False)}
+
+    def fill(self, struct: np.ndarray, views: Views, dtype: np.dtype | None) -> None:
+        """Write the params of the bias's gradient, whose dtype is `dtype`."""
+        if not self._wants_bias:
+            return
+        problem, values, view = self._problem, struct["dbias_values"], views.views["dbias"]
+        if view.copied:
+            raise UnsupportedError(
+                f"no kernel for the gradient of a bias with batch axes {problem.batch} that do not "
+                f"merge to {_params.MAX_BATCH_AXES}.\n"
+                "  Nearest supported: C-ordered arrays, or fewer batch axes."
+            )
+        views.fill(values["strides"], "dbias")
+        steps = zip(values["strides"]["batch"], views.batch_extent, strict=True)
+        reduced = sum(1 << n for n, (step, extent) in enumerate(steps) if step == 0 and extent > 1)
+        whole = (problem.heads, problem.len_q, problem.len_k)
+        flags = (_params.REDUCED_HEAD, _params.REDUCED_ROW, _params.REDUCED_KEY)
+        for own, full, flag in zip(view.shape[-3:], whole, flags, strict=True):
+            reduced |= flag if own == 1 and full > 1 else 0
+        values["reduced"], values["splits"] = reduced, self._work.splits
+        values["tiles_q"], values["tiles_k"] = self._work.tiles_q, self._work.tiles_k
+        values["split_stride"] = math.prod(problem.bias or ())
+        if self._work.splits == 1 and dtype is not None and dtype.itemsize == 2:
+            struct["shape"]["flags"] |= _params.FLAG_DBIAS_16BIT
+
+    # ---- per call
+
+    def start(
+        self, arrays: Mapping[str, Any], given: Mapping[str, Any], held: list[Any]
+    ) -> tuple[list[int], dict[str, tuple[Any, Any]]]:
+        """Allocate.
+
+        Returns
+        -------
+        pointers
+            Those that follow the options' in the params struct.
+        pending
+            (what kernels write, the array to return) by name, for `finish`.
+        """
+        device, problem = self._device, self._problem
+        bias_at = sinks_at = 0
+        pending = {}
+        if self._wants_bias:
+            result = self._bias_result(arrays, given)
+            written = result
+            if self._work.splits > 1:
+                written = device.empty((self._work.splits, *result.shape), np.float32)
+            bias_at = device.pointer(written)
+            pending["bias"] = written, result
+        if self._wants_sinks:
+            written = device.empty((math.prod(problem.batch), problem.heads), np.float32)
+            sinks_at = device.pointer(written)
+            pending["sinks"] = written, device.empty((problem.heads,), arrays["sinks"].dtype)
+        held += pending.values()
+        return [bias_at, sinks_at] + [0] * _params.MAX_SCORE_ARRAYS, pending
+
+    def _bias_result(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+        result = given.get("bias")
+        return self._new_bias(self._device, arrays["bias"].dtype) if result is None else result
+
+    def finish(self, pending: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+        """The gradients, once everything is queued: last sums in float32, rounded once."""
+        results = {}
+        for name, (written, result) in pending.items():
+            if written is not result:
+                result[...] = written.sum(axis=0, dtype=np.float32).astype(result.dtype)
+            results[name] = result
+        return results
+
+    def empty(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Gradients of a call without pairs: 0, but a sink's weight is 1 in every row."""
+        results = {}
+        if self._wants_bias:
+            results["bias"] = self._bias_result(arrays, given)
+            results["bias"][...] = 0
+        if self._wants_sinks:
+            like = arrays["sinks"]
+            results["sinks"] = self._device.empty(like.shape, like.dtype)
+            results["sinks"][...] = 0
+            dlse = arrays["dlse"]
+            if dlse is not None and dlse.size:
+                axes = tuple(a for a in range(dlse.ndim) if a != dlse.ndim - 2)
+                results["sinks"][...] = dlse.sum(axis=axes).astype(like.dtype)
+        return results

@@ -1,0 +1,214 @@
+"""What a prepared call does with its arrays: the CPU backend, or kernels on a device.
+
+Each class is made once per kind of call and then called with the arrays in the order of
+`_prepare.ARRAYS`, parameters of a score expression last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cuflash import _cpu
+from cuflash._arrangement import Arrangement
+from cuflash._device import Device
+from cuflash._extras import Extra
+from cuflash._options import Options
+from cuflash._problem import GRADIENT_BUFFERS, Problem
+
+# Places of the option arrays in the tuple of a call's arrays.
+_FORWARD = slice(3, 8)
+_BACKWARD = slice(7, 12)
+
+
+class CpuForward:
+    """Attention of NumPy arrays on the CPU backend."""
+
+    def __init__(self, problem: Problem, view: Arrangement) -> None:
+        self.problem, self.view = problem, view
+
+    def __call__(self, arrays: Sequence[Any], extra: Extra) -> tuple[Any, Any]:
+        """(out, lse) in the caller's order."""
+        view = self.view
+        q, k, v = map(view.standard, arrays[:3])
+        options = cpu_options(self.problem, arrays[_FORWARD], extra)
+        out, lse = _cpu.forward(q, k, v, options, out=view.standard(arrays[8]))
+        return view.restore(out), view.restore_rows(lse)
+
+
+class CpuBackward:
+    """Gradients of NumPy arrays on the CPU backend."""
+
+    def __init__(self, problem: Problem, view: Arrangement) -> None:
+        self.problem, self.view = problem, view
+
+    def __call__(self, arrays: Sequence[Any], extra: Extra) -> dict[str, Any]:
+        """Gradients by argument name, in the caller's order."""
+        view, problem = self.view, self.problem
+        dout, q, k, v, out = map(view.standard, arrays[:5])
+        lse, dlse = map(view.standard_rows, arrays[5:7])
+        buffers = standard_buffers(view, arrays[12:16])
+        grads = _cpu.backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cpu_options(problem, arrays[_BACKWARD], extra),
+            dlse=dlse,
+            wrt=problem.wrt,
+            grads_out=buffers,
+        )
+        if "bias" in buffers:
+            buffers["bias"][...] = grads["bias"]
+        return restored(view, grads, arrays)
+
+
+class DeviceForward:
+    """Attention on a device: kernels are chosen, compiled and loaded here, launched by calls."""
+
+    def __init__(
+        self,
+        device: Device,
+        problem: Problem,
+        view: Arrangement,
+        arrays: Sequence[Any],
+        extra: Extra,
+    ) -> None:
+        from cuflash import _launch
+
+        self.view = view
+        known = dict(zip("qkv", map(view.standard, arrays[:3]), strict=True))
+        known |= option_arrays(arrays[_FORWARD], arrays[9:], extra)
+        self._has_options = problem.has_options
+        self._run = _launch.PreparedForward(device, problem, known, view.standard(arrays[8]), extra)
+
+    def __call__(self, arrays: Sequence[Any], extra: Extra) -> tuple[Any, Any]:
+        """(out, lse) in the caller's order."""
+        view = self.view
+        q, k, v, _, _, slopes, _, _, out = arrays[:9]
+        options = None
+        if self._has_options:
+            options = option_arrays(arrays[_FORWARD], arrays[9:], extra)
+        if view.plain:
+            return self._run(q, k, v, slopes, out, options, extra)
+        result, lse = self._run(
+            view.standard(q),
+            view.standard(k),
+            view.standard(v),
+            with_head_axis(slopes),
+            view.standard(out),
+            options,
+            extra,
+        )
+        return view.restore(result), view.restore_rows(lse)
+
+
+class DeviceBackward:
+    """Gradients on a device."""
+
+    def __init__(
+        self,
+        device: Device,
+        problem: Problem,
+        view: Arrangement,
+        arrays: Sequence[Any],
+        extra: Extra,
+    ) -> None:
+        from cuflash import _launch_backward
+
+        self.view, self._wrt = view, problem.wrt
+        known, given = self._standard(arrays, extra)
+        self._run = _launch_backward.PreparedBackward(device, problem, known, given, extra)
+
+    def __call__(self, arrays: Sequence[Any], extra: Extra) -> dict[str, Any]:
+        """Gradients by argument name, in the caller's order."""
+        return restored(self.view, self._run(*self._standard(arrays, extra), extra), arrays)
+
+    def _standard(
+        self, arrays: Sequence[Any], extra: Extra
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs and gradient buffers by name, in the order (*B, H, L, D)."""
+        view = self.view
+        names = ("dout", "q", "k", "v", "out")
+        known = {n: view.standard(a) for n, a in zip(names, arrays[:5], strict=True)}
+        known["lse"], known["dlse"] = map(view.standard_rows, arrays[5:7])
+        known |= option_arrays(arrays[_BACKWARD], arrays[16:], extra)
+        return known, standard_buffers(view, arrays[12:16])
+
+
+def option_arrays(
+    options: Sequence[Any], score_arrays: Sequence[Any], extra: Extra
+) -> dict[str, Any]:
+    """The option arrays of a call by name, as kernels know them."""
+    mask, bias, slopes, sinks, seed = options
+    found = {
+        "mask": mask,
+        "bias": bias,
+        "alibi_slopes": with_head_axis(slopes),
+        "sinks": with_head_axis(sinks),
+        "seed": seed,
+    }
+    if score_arrays:
+        found |= dict(zip(extra.score_arrays, score_arrays, strict=True))
+    return found
+
+
+def with_head_axis(x: Any) -> Any:
+    """Slopes or sinks of a call without heads may have no axis; below, they always have one."""
+    return x.reshape(1) if x is not None and x.ndim == 0 else x
+
+
+def cpu_options(problem: Problem, options: Sequence[Any], extra: Extra) -> Options:
+    """What the CPU backend reads of a call."""
+    mask, bias, slopes, sinks, seed = options
+    if mask is not None:
+        pairs = (*problem.batch, problem.heads, problem.len_q, problem.len_k)
+        mask = np.broadcast_to(mask, pairs)
+    dropout = None
+    if problem.dropout_p > 0:
+        number = extra.seed if seed is None else int(seed.reshape(-1)[0])
+        assert number is not None, "checked with dropout_p"
+        from cuflash._dropout import Dropout
+
+        dropout = Dropout.of(problem.dropout_p, number)
+    return Options(
+        scale=problem.scale,
+        q_offset=problem.q_offset,
+        left=problem.left,
+        right=problem.right,
+        softcap=problem.softcap,
+        alibi_slopes=with_head_axis(slopes),
+        mask=mask,
+        blocks=extra.blocks,
+        bias=bias,
+        sinks=with_head_axis(sinks),
+        score_mod=extra.score_mod,
+        dropout=dropout,
+        deterministic=problem.deterministic,
+    )
+
+
+def standard_buffers(view: Arrangement, buffers: Sequence[Any]) -> dict[str, Any]:
+    """The gradient arrays to write to, by argument name."""
+    names = GRADIENT_BUFFERS.values()
+    return {
+        n: b if n == "bias" else view.standard(b)
+        for n, b in zip(names, buffers, strict=True)
+        if b is not None
+    }
+
+
+def restored(view: Arrangement, grads: Mapping[str, Any], arrays: Sequence[Any]) -> dict[str, Any]:
+    """Gradients in the caller's order and shapes."""
+    result = {n: view.restore(grads[n]) for n in ("q", "k", "v") if n in grads}
+    for name, place in (("alibi_slopes", 9), ("sinks", 10)):
+        if name in grads:
+            result[name] = grads[name].reshape(arrays[place].shape)
+    for name in ("bias", "score_params"):
+        if name in grads:
+            result[name] = grads[name]
+    return result
