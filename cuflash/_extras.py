@@ -54,14 +54,9 @@ def split(mask: Any, seed: Any, score_mod: Any) -> tuple[Any, Any, Extra]:
         return None, None, NOTHING
     # Here, so that importing the package does not wait for what few calls use.
     from cuflash._blockmask import BlockMask
-    from cuflash._scoremod import ScoreMod
 
-    if score_mod is not None and not isinstance(score_mod, ScoreMod):
-        raise Seen({}, {"score_mod": score_mod}).error(
-            TypeError,
-            f"score_mod is {kind_of(score_mod)}, not a ScoreMod.",
-            'cuflash.ScoreMod("s - decay[h] * abs(i - j)", {"decay": decay}).',
-        )
+    if score_mod is not None:
+        _check_score_mod(score_mod)
     blocks = mask if isinstance(mask, BlockMask) else None
     number = _number(seed)
     return (
@@ -69,6 +64,17 @@ def split(mask: Any, seed: Any, score_mod: Any) -> tuple[Any, Any, Extra]:
         seed if number is None else None,
         Extra(blocks, score_mod, number),
     )
+
+
+def _check_score_mod(score_mod: Any) -> None:
+    from cuflash._scoremod import ScoreMod
+
+    if not isinstance(score_mod, ScoreMod):
+        raise Seen({}, {"score_mod": score_mod}).error(
+            TypeError,
+            f"score_mod is {kind_of(score_mod)}, not a ScoreMod.",
+            'cuflash.ScoreMod("s - decay[h] * abs(i - j)", {"decay": decay}).',
+        )
 
 
 def _number(seed: Any) -> int | None:
