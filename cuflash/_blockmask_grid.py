@@ -89,7 +89,7 @@ def pack(tiles: np.ndarray) -> np.ndarray:
     octets = np.packbits(tiles, axis=-1, bitorder="little")
     if octets.shape[-1] % 4:
         octets = np.concatenate([octets, np.zeros((*octets.shape[:-1], 2), np.uint8)], axis=-1)
-    return octets.view("<u4")
+    return np.ascontiguousarray(octets).view("<u4")
 
 
 def unpack(words: np.ndarray, count: int) -> np.ndarray:

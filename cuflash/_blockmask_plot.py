@@ -82,15 +82,15 @@ class Picture:
             ax = _new_axes()
         (len_q, len_k), (bq, bk) = mask.shape, mask.block_size
         shares = _shares(mask, at)
-        ax.imshow(
-            shares,
-            cmap="Greys",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-            aspect="equal" if len_q and len_k else "auto",
-            extent=(0, shares.shape[1] * bk or 1, shares.shape[0] * bq or 1, 0),
-        )
+        if shares.size:
+            ax.imshow(
+                shares,
+                cmap="Greys",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
+                extent=(0, shares.shape[1] * bk, shares.shape[0] * bq, 0),
+            )
         ax.set_xlim(0, len_k or 1)
         ax.set_ylim(len_q or 1, 0)
         ax.set_xlabel("key")
