@@ -13,6 +13,7 @@ from cuflash._explain import explain
 from cuflash._gradient import attention_backward, attention_vjp
 from cuflash._merge import merge_attention
 from cuflash._system import show_config
+from cuflash._varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
 from cuflash._warmup import warmup
 
 __version__ = "0.1.0"
@@ -24,6 +25,9 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_vjp",
     "attention_vjp",
     "explain",
     "merge_attention",

@@ -32,6 +32,9 @@ _AXES = {
     **dict.fromkeys(("out", "dout"), ("heads", "len_q", "head_dim_v")),
     **dict.fromkeys(("lse", "dlse"), ("heads", "len_q")),
     "alibi_slopes": ("heads",),
+    "sinks": ("heads",),
+    **dict.fromkeys(("mask", "bias", "dbias"), ("heads", "len_q", "len_k")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), ("sequences + 1",)),
 }
 
 
@@ -95,7 +98,8 @@ class Seen:
         axes = list(_AXES.get(name, ()))
         if not axes:
             return ""
-        if len(axes) == 3 and rank >= 3 and _is(self.options.get("layout"), "LHD"):
+        has_dim = axes[-1] in ("head_dim", "head_dim_v")
+        if has_dim and rank >= 3 and _is(self.options.get("layout"), "LHD"):
             axes[0], axes[1] = axes[1], axes[0]
         if len(axes) - rank == 1 and len(axes) > 1:
             axes = axes[1:]  # (Lq, D) and its lse (Lq,): no head axis

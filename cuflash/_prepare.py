@@ -30,13 +30,26 @@ BACKWARD_ARRAYS = (
     *OPTION_ARRAYS,
     *("dq", "dk", "dv", "dbias"),
 )
-REQUIRED = {"forward": 3, "backward": 6}
-OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv", "dbias")}
+_ENDS = ("cu_seqlens_q", "cu_seqlens_k")
+_OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv", "dbias")}
 _OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "layout", "dropout_p")
 FORWARD_OPTIONS = (*_OPTIONS, "return_lse")
 BACKWARD_OPTIONS = (*_OPTIONS, "deterministic", "wrt")
-ARRAYS = {"forward": FORWARD_ARRAYS, "backward": BACKWARD_ARRAYS}
-OPTIONS = {"forward": FORWARD_OPTIONS, "backward": BACKWARD_OPTIONS}
+_BOUNDS = ("max_seqlen_q", "max_seqlen_k")
+# By direction; those of packed sequences have the cumulative lengths behind the others.
+REQUIRED = {"forward": 3, "backward": 6, "varlen_forward": 3, "varlen_backward": 6}
+ARRAYS: dict[str, tuple[str, ...]] = {
+    "forward": FORWARD_ARRAYS,
+    "backward": BACKWARD_ARRAYS,
+    "varlen_forward": (*FORWARD_ARRAYS, *_ENDS),
+    "varlen_backward": (*BACKWARD_ARRAYS, *_ENDS),
+}
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "forward": FORWARD_OPTIONS,
+    "backward": BACKWARD_OPTIONS,
+    "varlen_forward": (*_OPTIONS, *_BOUNDS, "return_lse"),
+    "varlen_backward": (*_OPTIONS, *_BOUNDS, "deterministic", "wrt"),
+}
 
 # Prepared calls kept. One is a few kilobytes; a server that sees more lengths than this prepares
 # again, 0.1 ms each.
@@ -65,9 +78,8 @@ class Prepared:
         self.problem, self.run = problem, run
         self._spans = {place: meta.span() for place, meta in enumerate(metas) if meta is not None}
         names = ARRAYS[direction]
-        self._outputs = [
-            names.index(n) for n in OUTPUTS[direction] if metas[names.index(n)] is not None
-        ]
+        outputs = _OUTPUTS[problem.direction]
+        self._outputs = [names.index(n) for n in outputs if metas[names.index(n)] is not None]
 
     def overlap(self, arrays: Sequence[Any]) -> tuple[int, int] | None:
         """Places of an output and another array that share memory; nothing is read."""
@@ -190,7 +202,7 @@ def prepare(
     """Check, plan and load; raises whatever is wrong with the call."""
     metas = [None if a is None else meta_of(a, device is not None) for a in arrays]
     problem = Problem.of(
-        direction,
+        direction.removeprefix("varlen_"),
         {name: meta for name, meta in zip(names, metas, strict=True) if meta is not None},
         dict(zip(OPTIONS[direction], values, strict=True)),
         seen_of(direction, names, arrays, values, extra),
@@ -202,13 +214,7 @@ def prepare(
 
         print(_explain.account(problem, device), file=sys.stderr)
     view = Arrangement(arrays[names.index("q")].ndim, values[_OPTIONS.index("layout")])
-    run: Callable[..., Any]
-    if device is None:
-        on_cpu = _runs.CpuForward if direction == "forward" else _runs.CpuBackward
-        run = on_cpu(problem, view)
-    else:
-        on_device = _runs.DeviceForward if direction == "forward" else _runs.DeviceBackward
-        run = on_device(device, problem, view, arrays, extra)
+    run = _runs.run_of(device, problem, view, arrays, extra)
     return Prepared(direction, problem, run, metas)
 
 

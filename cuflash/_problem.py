@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cuflash import _checks, _dtypes, _option_checks
+from cuflash import _checks, _dtypes, _option_checks, _packed_checks
 from cuflash._arrangement import Arrangement
 from cuflash._extras import NOTHING, Extra
 
@@ -180,10 +180,12 @@ class Problem:
         arrays : name -> Meta
             Metadata of every array given, in the caller's layout: "q", "k", "v", perhaps "mask",
             "bias", "alibi_slopes", "sinks", "seed", "out"; in backward also "dout", "lse", perhaps
-            "dlse", "dq", "dk", "dv", "dbias"; parameters of a score expression as "score_mod.name".
+            "dlse", "dq", "dk", "dv", "dbias"; parameters of a score expression as "score_mod.name";
+            of packed sequences "cu_seqlens_q", "cu_seqlens_k".
         options : name -> value
             causal, window, q_offset, scale, softcap, layout, dropout_p; in forward also
-            return_lse, in backward deterministic, wrt.
+            return_lse, in backward deterministic, wrt; of packed sequences max_seqlen_q,
+            max_seqlen_k (ints; `_varlen.py` finds those not given).
         extra : Extra
             Block mask, score expression, seed.
         seen : Seen
@@ -205,25 +207,30 @@ class Problem:
         sizes = _checks.extents(q, k, v, seen)
         left, right = _checks.band(options["causal"], options["window"], seen)
         offset = options["q_offset"]
-        offset = (
-            sizes.len_k - sizes.len_q
-            if offset is None
-            else _checks.integer("q_offset", offset, seen)
-        )
+        if offset is not None:
+            offset = _checks.integer("q_offset", offset, seen)
         row = _dtypes.BY_NAME[dtype]
+        call, packed = sizes, None  # `call`: the extents that options are about
+        if "cu_seqlens_q" in arrays:
+            call = _packed_checks.extents(arrays, options, sizes, view.rank, seen)
+            packed = Packed(sizes.len_q, sizes.len_k, offset is None)
+            offset = offset or 0
+        elif offset is None:
+            offset = sizes.len_k - sizes.len_q
         if "alibi_slopes" in arrays:
-            _checks.slopes(arrays["alibi_slopes"], sizes, row.numpy, view.rank, seen)
+            _checks.slopes(arrays["alibi_slopes"], call, row.numpy, view.rank, seen)
         problem = cls(
             direction=direction,
             dtype=dtype,
-            **sizes._asdict(),
+            **call._asdict(),
             scale=_checks.scale(options["scale"], dtype, sizes.head_dim, seen),
             q_offset=offset,
             left=left,
             right=right,
             softcap=_checks.softcap(options["softcap"], dtype, seen),
             alibi="alibi_slopes" in arrays,
-            **_option_facts(arrays, options, extra, sizes, view.rank, row, seen),
+            **_option_facts(arrays, options, extra, call, view.rank, row, seen),
+            packed=packed,
             deterministic=_checks.flag("deterministic", options.get("deterministic", False), seen),
             wrt=_wrt(options["wrt"], arrays, extra, seen) if direction == "backward" else (),
             operands=tuple(

@@ -6,7 +6,7 @@ Each class is made once per kind of call and then called with the arrays in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,20 @@ _FORWARD = slice(3, 8)
 _BACKWARD = slice(7, 12)
 
 
+def run_of(
+    device: Device | None,
+    problem: Problem,
+    view: Arrangement,
+    arrays: Sequence[Any],
+    extra: Extra,
+) -> Callable[[Sequence[Any], Extra], Any]:
+    """What runs a call of this kind."""
+    forward = problem.direction == "forward"
+    if device is None:
+        return (CpuForward if forward else CpuBackward)(problem, view)
+    return (DeviceForward if forward else DeviceBackward)(device, problem, view, arrays, extra)
+
+
 class CpuForward:
     """Attention of NumPy arrays on the CPU backend."""
 
@@ -34,7 +48,11 @@ class CpuForward:
         view = self.view
         q, k, v = map(view.standard, arrays[:3])
         options = cpu_options(self.problem, arrays[_FORWARD], extra)
-        out, lse = _cpu.forward(q, k, v, options, out=view.standard(arrays[8]))
+        out = view.standard(arrays[8])
+        if self.problem.packed is not None:
+            out, lse = _cpu.varlen_forward(q, k, v, *arrays[9:11], options, out=out)
+        else:
+            out, lse = _cpu.forward(q, k, v, options, out=out)
         return view.restore(out), view.restore_rows(lse)
 
 
@@ -50,18 +68,13 @@ class CpuBackward:
         dout, q, k, v, out = map(view.standard, arrays[:5])
         lse, dlse = map(view.standard_rows, arrays[5:7])
         buffers = standard_buffers(view, arrays[12:16])
-        grads = _cpu.backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            cpu_options(problem, arrays[_BACKWARD], extra),
-            dlse=dlse,
-            wrt=problem.wrt,
-            grads_out=buffers,
-        )
+        options = cpu_options(problem, arrays[_BACKWARD], extra)
+        given = (dout, q, k, v, out, lse)
+        wanted: dict[str, Any] = {"dlse": dlse, "wrt": problem.wrt, "grads_out": buffers}
+        if problem.packed is not None:
+            grads = _cpu.varlen_backward(*given, *arrays[16:18], options, **wanted)
+        else:
+            grads = _cpu.backward(*given, options, **wanted)
         if "bias" in buffers:
             buffers["bias"][...] = grads["bias"]
         return restored(view, grads, arrays)
@@ -140,10 +153,11 @@ class DeviceBackward:
         return known, standard_buffers(view, arrays[12:16])
 
 
-def option_arrays(
-    options: Sequence[Any], score_arrays: Sequence[Any], extra: Extra
-) -> dict[str, Any]:
-    """The option arrays of a call by name, as kernels know them."""
+def option_arrays(options: Sequence[Any], others: Sequence[Any], extra: Extra) -> dict[str, Any]:
+    """The option arrays of a call by name, as kernels know them.
+
+    `others`: cumulative lengths if sequences are packed, then parameters of the score expression.
+    """
     mask, bias, slopes, sinks, seed = options
     found = {
         "mask": mask,
@@ -152,8 +166,11 @@ def option_arrays(
         "sinks": with_head_axis(sinks),
         "seed": seed,
     }
-    if score_arrays:
-        found |= dict(zip(extra.score_arrays, score_arrays, strict=True))
+    if others:
+        names = tuple(extra.score_arrays)
+        if len(others) > len(names):
+            names = ("cu_seqlens_q", "cu_seqlens_k", *names)
+        found |= dict(zip(names, others, strict=True))
     return found
 
 
@@ -177,7 +194,7 @@ def cpu_options(problem: Problem, options: Sequence[Any], extra: Extra) -> Optio
         dropout = Dropout.of(problem.dropout_p, number)
     return Options(
         scale=problem.scale,
-        q_offset=problem.q_offset,
+        q_offset=None if problem.packed and problem.packed.aligned_at_end else problem.q_offset,
         left=problem.left,
         right=problem.right,
         softcap=problem.softcap,
