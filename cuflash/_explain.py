@@ -11,10 +11,11 @@ from cuflash import _prepare
 from cuflash._arrays import Meta, adopt
 from cuflash._device import Device
 from cuflash._errors import Seen
+from cuflash._extras import split
 from cuflash._order import axes_by_stride
-from cuflash._problem import Arrangement, Problem
+from cuflash._problem import SCORE_PREFIX, Arrangement, Problem
 
-_ARRAYS = ("q", "k", "v", "alibi_slopes")
+_ARRAYS = ("q", "k", "v", *_prepare.OPTION_ARRAYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,15 @@ def explain(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
+    mask: Any = None,
+    bias: Any = None,
     softcap: float | None = None,
     alibi_slopes: Any = None,
+    sinks: Any = None,
+    score_mod: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
     layout: str = "HLD",
 ) -> Explanation:
     """How a call of `attention` (or its gradient) with these arguments would run. Nothing is computed.
@@ -81,7 +88,8 @@ def explain(
         Explain the gradient instead.
     deterministic, wrt
         As in `attention_backward`; without meaning in forward.
-    causal, window, q_offset, softcap, alibi_slopes, scale, layout
+    causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, score_mod, scale, \
+dropout_p, seed, layout
         As in `attention`.
 
     Returns
@@ -110,7 +118,7 @@ def explain(
     CPU backend (NumPy)
       tiles of 64 queries x 4 heads by 300 keys, 2 heads of k and v at a time
     """
-    objects = (q, k, v, alibi_slopes)
+    mask, seed, extra = split(mask, seed, score_mod)
     options = {
         "causal": causal,
         "window": window,
@@ -118,20 +126,23 @@ def explain(
         "scale": scale,
         "softcap": softcap,
         "layout": layout,
+        "dropout_p": dropout_p,
         "deterministic": deterministic,
         "wrt": wrt,
     }
-    arrays, device = adopt(_ARRAYS, objects, 3, lambda: options)
-    seen = Seen(dict(zip(_ARRAYS, arrays, strict=True)), options)
+    names = (*_ARRAYS, *(SCORE_PREFIX + name for name in extra.score_arrays))
+    objects = (q, k, v, mask, bias, alibi_slopes, sinks, seed, *extra.score_arrays.values())
+    arrays, device = adopt(names, objects, 3, lambda: options)
+    seen = Seen(dict(zip(names, arrays, strict=True)), options)
     metas = {
         name: _prepare.meta_of(array, device is not None)
-        for name, array in zip(_ARRAYS, arrays, strict=True)
+        for name, array in zip(names, arrays, strict=True)
         if array is not None
     }
     direction = "backward" if backward else "forward"
     if backward:
         metas = with_results(metas, layout, seen)
-    problem = Problem.of(direction, metas, options, seen, on_device=device is not None)
+    problem = Problem.of(direction, metas, options, seen, extra=extra, on_device=device is not None)
     return account(problem, device)
 
 
@@ -142,7 +153,8 @@ def with_results(metas: Mapping[str, Meta], layout: str, seen: Seen) -> dict[str
         "causal": False,
         "layout": layout,
     }
-    forward = Problem.of("forward", metas, options, seen)
+    plain = {name: metas[name] for name in "qkv"}
+    forward = Problem.of("forward", plain, options, seen)
     view = Arrangement(len(metas["q"].shape), layout)
     shape = (*forward.batch, forward.heads, forward.len_q, forward.head_dim_v)
     order = axes_by_stride(_Axes(view.standard_meta(metas["q"])))
@@ -184,6 +196,7 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         lines += ["CPU backend (NumPy)", *_cpu(problem)]
         return Explanation(problem, "CPU backend (NumPy)", {}, None, "\n".join(lines))
     from cuflash import _plan
+    from cuflash._side_kernels import side_kernels
 
     name = f"{device.name} ({device.arch})"
     reasons = _plan.refusals(problem, device.arch)
@@ -197,6 +210,7 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         lines.append("  nothing to launch: an extent is 0")
     elif chosen is not None:
         plan = _plan.plan(problem, device)
+        lines += [f"  first {spec.name}" for spec in side_kernels(problem, device.arch)]
         lines += _launches(plan)
     else:
         lines += _plan.describe_refusals(problem, device.arch).splitlines()[-1:]
@@ -216,10 +230,14 @@ def _describe(problem: Problem) -> Iterator[str]:
     batch = [f"batch {' x '.join(map(str, p.batch))}"] if p.batch else []
     words = [p.direction, p.dtype, *batch, heads, f"{p.len_q} queries", f"{p.len_k} keys", dims]
     yield " · ".join(words)
-    yield f"  {_band(p)}"
+    yield f"  {_band(p)}{_mask(p)}"
     options = [f"scale {p.scale:g}"]
     options += [f"softcap {p.softcap:g}"] if p.softcap is not None else []
+    options += ["score_mod"] if p.expression else []
+    options += [f"bias {p.bias}"] if p.bias is not None else []
     options += ["ALiBi"] if p.alibi else []
+    options += ["sinks"] if p.sinks else []
+    options += [f"dropout {p.dropout_p:g}"] if p.dropout_p else []
     if p.direction == "backward":
         options += [f"gradients of {', '.join(p.wrt) or 'nothing'}"]
         options += ["deterministic"] if p.deterministic else []
@@ -243,6 +261,16 @@ def _band(p: Problem) -> str:
     if high is None:
         return f"row i sees keys j >= {low}"
     return f"row i sees keys {low} <= j <= {high}"
+
+
+def _mask(p: Problem) -> str:
+    """A mask beside the band, in words."""
+    if p.mask is None:
+        return ""
+    if p.mask.kind == "dense":
+        return f", and what a mask of shape {p.mask.shape} shows"
+    rows, keys = p.mask.block_size
+    return f", and what a BlockMask {p.mask.shape} of {rows} x {keys} blocks shows"
 
 
 def _cpu(problem: Problem) -> Iterator[str]:

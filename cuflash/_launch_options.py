@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _mask_mirror, _params
-from cuflash._compile import Specialization
+from cuflash import _mask_mirror, _params, _side_kernels
 from cuflash._device import Device
 from cuflash._dropout import Dropout
 from cuflash._extras import Extra
@@ -21,23 +20,8 @@ from cuflash._plan_values import Launch, Plan
 from cuflash._problem import Problem
 from cuflash._views import View, Views, pair_view
 
-# Warps of a block of mask_tiles (it shares out the 32 tiles of a word) and of packed_plan.
-MAP_WARPS, PACKED_WARPS = 8, 8
 WORD = 32  # tiles per word of a map
 FAR = 2**30  # a band's bound that no sequence reaches
-
-
-def mask_tiles_kernel(arch: str, kind: str) -> Specialization:
-    """The kernel that makes tile maps of one kind of mask."""
-    types = (("Source", f"mask::{kind.capitalize()}"),)
-    constants = (("WARPS", MAP_WARPS), ("MIN_BLOCKS", 1))
-    return Specialization("mask_tiles", arch, "", 0, 0, kind, types, constants)
-
-
-def packed_plan_kernel(arch: str) -> Specialization:
-    """The kernel that turns cumulative lengths into tiles."""
-    constants = (("WARPS", PACKED_WARPS), ("MIN_BLOCKS", 1))
-    return Specialization("packed_plan", arch, "", 0, 0, "", constants=constants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +143,7 @@ class OptionInputs:
             self._map_words += 2 * plane
         self._mask_values = values.copy()
         self._map_kernel = self._device.load(
-            mask_tiles_kernel(self._device.arch, problem.mask.kind)
+            _side_kernels.mask_tiles(self._device.arch, problem.mask.kind)
         )
 
     def _make_maps(self, elements: Any, bits: Any) -> Any:
@@ -177,7 +161,7 @@ class OptionInputs:
             struct["len_q"], struct["len_k"] = problem.len_q, problem.len_k
             struct["tile_q"], struct["tile_k"] = tiles.tile_q, tiles.tile_k
             struct["by_keys"], struct["tile_rows"] = tiles.by_keys, tiles.rows
-            self._map_kernel(tiles.plane, MAP_WARPS * 32, 0, struct.tobytes())
+            self._map_kernel(tiles.plane, _side_kernels.MAP_WARPS * 32, 0, struct.tobytes())
         return map_
 
     def _mask_pointers(self, arrays: Mapping[str, Any], extra: Extra, held: list[Any]) -> list[int]:
@@ -213,7 +197,7 @@ class OptionInputs:
             self._tables[launch] = (offset, schedule.tiles, tile, by_keys, schedule.longest_last)
             offset += schedule.tiles
         self._work_entries = offset
-        self._packed_kernel = self._device.load(packed_plan_kernel(self._device.arch))
+        self._packed_kernel = self._device.load(_side_kernels.packed_plan(self._device.arch))
 
     def _packed_pointers(self, arrays: Mapping[str, Any], held: list[Any]) -> list[int]:
         """Makes `sequences` and `work` of the cumulative lengths."""
@@ -237,7 +221,7 @@ class OptionInputs:
             table = struct["table"][n]
             table["offset"], table["capacity"], table["tile"] = offset, capacity, tile
             table["by_keys"], table["longest_last"] = by_keys, longest_last
-        self._packed_kernel(len(self._tables), PACKED_WARPS * 32, 0, struct.tobytes())
+        self._packed_kernel(len(self._tables), _side_kernels.PACKED_WARPS * 32, 0, struct.tobytes())
         return [device.pointer(sequences), device.pointer(work)]
 
     # ---- per launch, per call

@@ -17,7 +17,8 @@ from cuflash import _cache, _compile, _explain
 from cuflash._arrays import Meta
 from cuflash._device import Limits, device_override
 from cuflash._errors import Seen
-from cuflash._problem import Problem
+from cuflash._extras import split
+from cuflash._problem import SCORE_PREFIX, Problem
 from cuflash._system import cupy_or_reason
 
 Shape = tuple[int, ...]
@@ -63,9 +64,14 @@ def warmup(
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     q_offset: int | None = None,
+    mask: str | None = None,
+    bias: bool = False,
     softcap: float | None = None,
     alibi_slopes: bool = False,
+    sinks: bool = False,
+    score_mod: Any = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     layout: str = "HLD",
     arch: str | None = None,
     progress: bool = True,
@@ -83,10 +89,12 @@ def warmup(
         Also the kernels of the gradient.
     deterministic, wrt
         As in `attention_backward`.
-    causal, window, q_offset, softcap, scale, layout
+    causal, window, q_offset, softcap, score_mod, scale, dropout_p, layout
         As in `attention`. causal, window and q_offset need no kernels of their own.
-    alibi_slopes : bool
-        Whether calls will pass slopes.
+    mask : {None, "dense", "blocks"}
+        Whether calls will pass a bool array or a BlockMask.
+    bias, alibi_slopes, sinks : bool
+        Whether calls will pass these; their gradients are then warmed too.
     arch : str, optional
         Architecture such as "sm_80" or "sm_90a", to fill a cache for another machine; needs CuPy
         for its NVRTC, and no GPU. Default: that of the current GPU, whose kernels are also loaded.
@@ -117,22 +125,31 @@ def warmup(
     >>> print(cuflash.warmup([(q, kv, kv)], dtype="bfloat16", arch="sm_90a"))  # doctest: +SKIP
     4 kernels for sm_90a ready in 2.10 s; kept in /home/me/.cache/cuflash
     """
-    options = {
+    options: dict[str, Any] = {
         "causal": causal,
         "window": window,
         "q_offset": q_offset,
         "scale": scale,
         "softcap": softcap,
         "layout": layout,
+        "dropout_p": dropout_p,
         "deterministic": deterministic,
-        "wrt": tuple(wrt)
-        + (("alibi_slopes",) if alibi_slopes and "alibi_slopes" not in wrt else ()),
     }
+    given = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    names = dict.fromkeys([*wrt, *(name for name, passed in given.items() if passed)])
+    options["wrt"] = tuple(names)
+    side = [name for name, passed in given.items() if passed]
+    if mask not in (None, "dense", "blocks"):
+        raise Seen({}, {"mask": mask}).error(
+            ValueError,
+            f"mask is {mask!r}, not one of None, 'dense', 'blocks'.",
+            "'dense' for bool arrays, 'blocks' for BlockMasks.",
+        )
     problems = [
         problem
         for triple in shapes
         for kind in _dtypes_of(dtype)
-        for problem in _problems(triple, kind, alibi_slopes, backward, options)
+        for problem in _problems(triple, kind, side, mask, score_mod, backward, options)
     ]
     device = None
     if arch is None:
@@ -164,24 +181,39 @@ def _dtypes_of(dtype: Any) -> list[np.dtype]:
 def _problems(
     shapes: tuple[Shape, Shape, Shape],
     dtype: np.dtype,
-    slopes: bool,
+    side: Sequence[str],
+    mask: str | None,
+    score_mod: Any,
     backward: bool,
     options: dict[str, Any],
 ) -> list[Problem]:
-    """The checked calls on C-ordered arrays of these shapes."""
+    """The checked calls on C-ordered arrays of these shapes, with side arrays of these names."""
     metas = {
         name: _explain.dense(tuple(shape), range(len(shape)), dtype)
         for name, shape in zip("qkv", shapes, strict=True)
     }
-    if slopes:
-        q = metas["q"].shape
-        heads = () if len(q) < 3 else (q[-2 if options["layout"] == "LHD" else -3],)
-        metas["alibi_slopes"] = Meta(heads, (4,) * len(heads), np.dtype(np.float32))
+    long = options["layout"] == "LHD"
+    q, k = metas["q"].shape, metas["k"].shape
+    heads = () if len(q) < 3 else (q[-2 if long else -3],)
+    row_axis = -3 if long and len(q) >= 3 else -2
+    for name in side:
+        shape = () if name == "bias" else heads
+        metas[name] = Meta(shape, (4,) * len(shape), np.dtype(np.float32))
+    if mask == "dense":
+        metas["mask"] = Meta((), (), np.dtype(np.bool_))
+    blocks = None
+    if mask == "blocks":
+        from cuflash._blockmask import BlockMask
+
+        blocks = BlockMask.from_blocks(np.ones((1, 1), bool), shape=(q[row_axis], k[row_axis]))
+    _, _, extra = split(blocks, 0, score_mod)
+    for name, array in extra.score_arrays.items():
+        metas[SCORE_PREFIX + name] = Meta(tuple(array.shape), tuple(array.strides), array.dtype)
     seen = Seen(metas, options)
-    problems = [Problem.of("forward", metas, options, seen, on_device=True)]
+    problems = [Problem.of("forward", metas, options, seen, extra=extra, on_device=True)]
     if backward:
         metas = _explain.with_results(metas, options["layout"], seen)
-        problems.append(Problem.of("backward", metas, options, seen, on_device=True))
+        problems.append(Problem.of("backward", metas, options, seen, extra=extra, on_device=True))
     return problems
 
 
@@ -190,9 +222,11 @@ def _specializations(
 ) -> list[_compile.Specialization]:
     """Every kernel of the calls' plans, once."""
     from cuflash import _plan
+    from cuflash._side_kernels import side_kernels
 
     found: dict[_compile.Specialization, None] = {}
     for problem in problems:
+        found |= dict.fromkeys(side_kernels(problem, arch))
         for launch in _plan._plan(problem, arch, limits).launches:
             found[launch.spec] = None
     return list(found)
