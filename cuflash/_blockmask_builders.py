@@ -177,8 +177,9 @@ class Builders:
         Notes
         -----
         Child, Gray, Radford, Sutskever, "Generating Long Sequences with Sparse Transformers"
-        (arXiv:1904.10509, 2019), section 4.3: the union of both heads, "a merged head". At element
-        level, so every block holds a few pairs where `stride` is below its size.
+        (arXiv:1904.10509, 2019), section 4.3; the union of both heads is the "merged head" of
+        section 5.1. At element level: where `stride` is below the block size, every block before
+        the query holds a few pairs.
 
         Examples
         --------
@@ -238,8 +239,9 @@ class Builders:
         Notes
         -----
         Child, Gray, Radford, Sutskever, "Generating Long Sequences with Sparse Transformers"
-        (arXiv:1904.10509, 2019), section 4.3: the union of both heads, "a merged head". The paper
-        lets heads take different stretches of a chunk as its summary; this one takes the last.
+        (arXiv:1904.10509, 2019), section 4.3; the union of both heads is the "merged head" of
+        section 5.1. The paper also lets heads take different stretches of a chunk as its summary;
+        this is the last one.
 
         Examples
         --------
@@ -313,7 +315,10 @@ class Builders:
                [1, 1, 1, 0],
                [1, 0, 1, 1]])
         """
-        seen = _seen(shape, q_offset, block_size, window=window, global_positions=global_positions)
+        seen = Seen(
+            {"global_positions": global_positions},
+            _seen(shape, q_offset, block_size, window=window).options,
+        )
         grid, offset = _frame(shape, q_offset, block_size, seen)
         len_q, len_k = grid.shape
         positions = checks.integers("global_positions", global_positions, seen).reshape(-1)

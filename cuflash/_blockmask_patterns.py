@@ -248,7 +248,7 @@ class Patterns:
         Notes
         -----
         Krell, Kosec, Perez, Fitzgibbon, "Efficient Sequence Packing without Cross-contamination"
-        (arXiv:2107.02027, 2021), section 3.2.
+        (arXiv:2107.02027, 2021).
 
         Examples
         --------
@@ -269,14 +269,8 @@ class Patterns:
             for name, pair in ways.items()
             for end, x in zip(("", "_k"), pair, strict=True)
         }
-        seen = Seen(
-            {name: x for name, x in sides.items() if hasattr(x, "dtype")},
-            {
-                **{name: x for name, x in sides.items() if not hasattr(x, "dtype")},
-                "shape": shape,
-                "block_size": block_size,
-            },
-        )
+        # As arrays in messages, where a long list is told by its kind.
+        seen = Seen(sides, {"shape": shape, "block_size": block_size})
         sizes = checks.block_size(block_size, seen)
         given = [name for name, pair in ways.items() if any(x is not None for x in pair)]
         if len(given) != 1 or ways[given[0]][0] is None:
