@@ -88,8 +88,12 @@ class Step:
     shared_memory: int
     pack: _params.Packer
 
-    def __call__(self, pointers: Sequence[int]) -> None:
-        self.kernel(self.grid, self.block, self.shared_memory, self.pack(*pointers))
+
+def run(steps: Sequence[Step], pointers: Sequence[int]) -> None:
+    """Queue the launches of a Plan, whose params all begin with the same pointers."""
+    head = steps[0].pack.head(*pointers)
+    for step in steps:
+        step.kernel(step.grid, step.block, step.shared_memory, head + step.pack.tail)
 
 
 def steps_of(
@@ -164,7 +168,7 @@ class PreparedForward:
         self._options.bind(struct, self._views, plan, extra)
         self._has_options = problem.has_options
         count = len(_params.FORWARD_POINTERS) if self._has_options else _PLAIN_POINTERS
-        (self._step,) = steps_of(plan, device, struct, count, self._options)
+        self._steps = steps_of(plan, device, struct, count, self._options)
 
     def __call__(
         self,
@@ -206,7 +210,7 @@ class PreparedForward:
             held: list[Any] = []  # copies and maps, alive until the launch is queued
             if self._has_options and arrays is not None:
                 pointers = (*pointers, *self._options.pointers(arrays, extra, held))
-            self._step(pointers)
+            run(self._steps, pointers)
             if target is not out:
                 out[...] = target
             return out, lse

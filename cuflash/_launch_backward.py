@@ -10,7 +10,7 @@ depend on the order of blocks; see `_launch_gradients.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from cuflash import _params, _plan
 from cuflash._device import Device
 from cuflash._extras import Extra
-from cuflash._launch import fill_shape, is_empty, steps_of, vector_flags
+from cuflash._launch import fill_shape, is_empty, run, steps_of, vector_flags
 from cuflash._launch_gradients import OptionGradients
 from cuflash._launch_options import OptionInputs
 from cuflash._problem import Problem
@@ -40,6 +40,10 @@ WORKSPACE = ("lse_log2", "delta", "dq_accum", "slope_partial")
 PLAIN_POINTERS = len(INPUTS) + len(GRADIENTS) + len(WORKSPACE)
 # Workspaces are parts of one allocation, each on its own line of the cache.
 ALIGNMENT = 256
+_FLOAT = np.dtype(np.float32)
+# Places of the arguments and of the gradient buffers in `_prepare.BACKWARD_ARRAYS`.
+_ARGUMENTS = {"q": 1, "k": 2, "v": 3, "alibi_slopes": 9}
+_BUFFERS = {"q": 12, "k": 13, "v": 14}
 
 
 class Target:
@@ -87,6 +91,7 @@ class PreparedBackward:
     ) -> None:
         self._device, self._problem = device, problem
         self._empty = is_empty(problem)
+        self.is_simple = False
         self._targets = {
             name: Target(problem, arrays[name], given.get(name), GRADIENTS[name])
             for name in problem.wrt
@@ -124,6 +129,12 @@ class PreparedBackward:
         self._has_options = problem.has_options
         count = len(_params.BACKWARD_POINTERS) if self._has_options else PLAIN_POINTERS
         self._steps = steps_of(plan, device, struct, count, self._options)
+        self.is_simple = not (self._has_options or self._views.copies)
+        slots = {name: slot for slot, name in enumerate(GRADIENTS)}
+        self._simple_targets = [
+            (name, target.new, _ARGUMENTS[name], _BUFFERS.get(name), slots[name])
+            for name, target in self._targets.items()
+        ]
 
     def _place_workspace(self, plan: _plan.Plan) -> None:
         """Byte offsets of the workspaces in one allocation; None for those not needed."""
@@ -132,8 +143,32 @@ class PreparedBackward:
         for name, size in sizes.items():
             offsets[name] = total
             total += -(-size // ALIGNMENT) * ALIGNMENT
-        self._workspace_bytes = total
+        self._workspace_shape = (total // _FLOAT.itemsize,)
         self._offsets = [offsets.get(name) for name in WORKSPACE]
+
+    def simple(self, arrays: Sequence[Any]) -> dict[str, Any]:
+        """The same as a call, from the tuple of `_prepare.BACKWARD_ARRAYS` in standard order, where
+        nothing has to be copied: most calls of a training loop, every microsecond of which counts.
+        """
+        device = self._device
+        at = device.pointer
+        dout, q, k, v, out, lse, dlse, _, _, slopes = arrays[:10]
+        with device.activate():
+            results, grads_at = {}, [0] * len(GRADIENTS)
+            for name, new, place, buffer, slot in self._simple_targets:
+                result = None if buffer is None else arrays[buffer]
+                if result is None:
+                    result = new(device, arrays[place].dtype)
+                results[name] = result
+                grads_at[slot] = at(result)
+            workspace = device.empty(self._workspace_shape, _FLOAT)
+            base = at(workspace)
+            dlse_at = 0 if dlse is None else at(dlse)
+            slopes_at = 0 if slopes is None else at(slopes)
+            inputs = (at(q), at(k), at(v), at(out), at(dout), at(lse), dlse_at, slopes_at)
+            places = [0 if offset is None else base + offset for offset in self._offsets]
+            run(self._steps, (*inputs, *grads_at, *places))
+        return results
 
     def __call__(
         self, arrays: Mapping[str, Any], given: Mapping[str, Any], extra: Extra
@@ -163,8 +198,7 @@ class PreparedBackward:
                 pointers += self._options.pointers(arrays, extra, held)
                 last, pending = self._gradients.start(arrays, given, held)
                 pointers += last
-            for step in self._steps:
-                step(pointers)
+            run(self._steps, pointers)
             if written is not results:
                 for name, target in self._targets.items():
                     target.finish(written[name], results[name])
@@ -194,7 +228,7 @@ class PreparedBackward:
             found.append(0 if array is None else at(array))
         for name in GRADIENTS:
             found.append(at(written[name]) if name in written else 0)
-        workspace = device.empty((self._workspace_bytes // 4,), np.float32)
+        workspace = device.empty(self._workspace_shape, _FLOAT)
         held.append(workspace)
         base = at(workspace)
         return found + [0 if offset is None else base + offset for offset in self._offsets]

@@ -209,11 +209,11 @@ class Packer:
         How many of its leading 8-byte pointers each call gives; the others stay as they are.
     """
 
-    __slots__ = ("_pointers", "_tail")
+    __slots__ = ("head", "tail")
 
     def __init__(self, values: np.ndarray, pointers: int) -> None:
-        self._pointers = struct.Struct(f"<{pointers}Q")
-        self._tail = values.tobytes()[8 * pointers :]
+        self.head = struct.Struct(f"<{pointers}Q").pack
+        self.tail = values.tobytes()[8 * pointers :]
 
     def __call__(self, *pointers: int) -> bytes:
-        return self._pointers.pack(*pointers) + self._tail
+        return self.head(*pointers) + self.tail

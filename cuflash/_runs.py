@@ -133,12 +133,15 @@ class DeviceBackward:
     ) -> None:
         from cuflash import _launch_backward
 
-        self.view, self._wrt = view, problem.wrt
+        self.view = view
         known, given = self._standard(arrays, extra)
         self._run = _launch_backward.PreparedBackward(device, problem, known, given, extra)
+        self._is_simple = view.plain and self._run.is_simple
 
     def __call__(self, arrays: Sequence[Any], extra: Extra) -> dict[str, Any]:
         """Gradients by argument name, in the caller's order."""
+        if self._is_simple:
+            return self._run.simple(arrays)
         return restored(self.view, self._run(*self._standard(arrays, extra), extra), arrays)
 
     def _standard(
