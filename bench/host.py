@@ -23,7 +23,11 @@ from cuflash._device import Limits, use_device
 
 
 class NullDevice:
-    """A device on which everything happens but the launch; see `cuflash._device.Device`."""
+    """A device on which everything happens but the launch; see `cuflash._device.Device`.
+
+    Memory comes from a pool, as CuPy's does: asking the operating system for megabytes would cost
+    more than all else.
+    """
 
     name = "no device"
     limits = Limits(sm_count=132, shared_memory=227 * 1024, l2_bytes=50 << 20)
@@ -32,14 +36,18 @@ class NullDevice:
         self.arch = arch
         self.xp: Any = np
         self.key = ("null", arch)
+        self._pool: dict[Any, Any] = {}
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
         """Nothing to switch."""
         return contextlib.nullcontext()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Host memory."""
-        return np.empty(shape, dtype)
+        """Host memory, the same for every request of one kind."""
+        found = self._pool.get((shape, dtype))
+        if found is None:
+            found = self._pool[shape, dtype] = np.empty(shape, dtype)
+        return found
 
     def pointer(self, array: Any) -> int:
         """Its address."""
