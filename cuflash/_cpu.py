@@ -1,6 +1,6 @@
 """The NumPy backend, for users without a GPU: the kernels' tiled online softmax, on BLAS.
 
-Its three functions receive checked arguments, always in the axis order (*B, H, L, D).
+Its functions receive checked arguments, always in the axis order (*B, H, L, D).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import numpy as np
 
 from ._cpu_backward import backward
 from ._cpu_forward import forward
+from ._cpu_packed import varlen_backward, varlen_forward
 from ._cpu_tiles import accumulator
 from ._order import empty_like_order
 
-__all__ = ["backward", "forward", "merge"]
+__all__ = ["backward", "forward", "merge", "varlen_backward", "varlen_forward"]
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""How the NumPy backend cuts a call into tiles: sizes, loops, scratch, products under a mask.
+"""How the NumPy backend cuts a call into tiles: sizes and loops.
 
 A step of the backend is one `np.matmul` over a *unit*: a block of (batch, kv head) pairs, all query
 heads of each (GQA shares K and V by stacking the group's rows), `rows` queries and `keys` keys.
@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ._cpu_masks import Band, Cut
-from ._cpu_scores import Alibi, Softcap, scores_of
+from ._cpu_masks import Band, Blocks, DenseMask, Masks, masks_of
+from ._cpu_place import Axes, Place, Unit
+from ._cpu_products import for_blas
+from ._cpu_scores import Score, scores_of
+from ._cpu_softmax import Dropped, Sinks
 from ._options import Options
 
 # Elements of a step's operands and scores together: they should stay in a core's level 2 cache (2
@@ -26,6 +30,8 @@ TILE_ELEMENTS = 1 << 19
 # with their overheads.
 TILE_ROWS = 256
 TILE_KEYS = 512
+# Rows of a tile that joins several rows of small blocks.
+LEAST_ROWS = 64
 # K and V are converted (16-bit dtypes, odd strides) once per unit up to this many bytes, beyond it
 # tile by tile.
 CONVERTED_BYTES = 16 << 20
@@ -60,6 +66,11 @@ class Shape:
         """The axes a unit is cut from."""
         return (*self.batch, self.heads_kv)
 
+    @property
+    def axes(self) -> Axes:
+        """The leading axes as options see them."""
+        return Axes(self.batch, self.heads_kv, self.group)
+
     def group_rows(self, x: np.ndarray) -> np.ndarray:
         """View of (*B, H, Lq, ...) as (*B, Hkv, G, Lq, ...)."""
         axis = len(self.batch)
@@ -79,9 +90,13 @@ class Tiling:
     heads: int
 
     @classmethod
-    def of(cls, shape: Shape) -> Tiling:
+    def of(cls, shape: Shape, block: int | None = None) -> Tiling:
+        """`block`: rows of a block mask's blocks, or None."""
         # At least one of everything: empty calls have no tiles, but nothing may divide by zero.
-        rows = max(1, min(shape.len_q, -(-TILE_ROWS // shape.group)))
+        rows = -(-TILE_ROWS // shape.group)
+        if block is not None:
+            rows = _rows_in_blocks(rows, block)
+        rows = max(1, min(shape.len_q, rows))
         stacked = rows * shape.group
         per_key = stacked + shape.dim + shape.dim_v
         # A few rows (decoding) make short work of a tile, so it may as well be long.
@@ -89,6 +104,14 @@ class Tiling:
         keys = max(1, min(shape.len_k, longest))
         step = stacked * keys + (stacked + keys) * (shape.dim + shape.dim_v)
         return cls(rows, keys, max(1, TILE_ELEMENTS // step))
+
+
+def _rows_in_blocks(rows: int, block: int) -> int:
+    """About `rows`, such that tiles and blocks begin together: a tile over two rows of blocks would
+    visit what either shows. Small blocks are worth some waste, since BLAS is slow at a few rows."""
+    if block >= rows:
+        return -(-block // -(-block // rows))
+    return block * max(1, min(rows, LEAST_ROWS) // block)
 
 
 def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:
@@ -107,58 +130,134 @@ def units(outer: tuple[int, ...], heads: int) -> Iterator[tuple[slice, ...]]:
     return itertools.product(*reversed(cuts))
 
 
-class Scratch:
-    """Buffers reused from tile to tile: fresh pages would cost as much as the arithmetic."""
+@dataclass(frozen=True)
+class Extras:
+    """What a call's options ask for, whatever the lengths: shared by all sequences of a packed call.
 
-    def __init__(self, dtype: np.dtype) -> None:
-        self.dtype = dtype
-        self.buffers: dict[str, np.ndarray] = {}
+    Parameters
+    ----------
+    options
+        The call's.
+    axes
+        The leading axes that their arrays broadcast to.
+    dtype
+        The accumulator's.
+    masks
+        Beside the band.
+    scores
+        In the order of their application.
+    """
 
-    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Uninitialised contiguous array of `shape`, valid until `name` is taken again."""
-        size = int(np.prod(shape))
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.size < size:
-            buffer = self.buffers[name] = np.empty(size, dtype=self.dtype)
-        return buffer[:size].reshape(shape)
+    options: Options
+    axes: Axes
+    dtype: np.dtype
+    masks: tuple[DenseMask | Blocks, ...]
+    scores: list[Score]
+    sinks: Sinks | None
+    dropout: Dropped | None
+
+    @classmethod
+    def of(cls, options: Options, axes: Axes, dtype: np.dtype, wrt: Collection[str] = ()) -> Extras:
+        """`wrt` names the arrays whose gradients are wanted."""
+        sinks, dropout = options.sinks, options.dropout
+        return cls(
+            options,
+            axes,
+            dtype,
+            masks_of(options, axes),
+            scores_of(options, axes, dtype, wrt),
+            None if sinks is None else Sinks(np.asarray(sinks), axes, dtype, "sinks" in wrt),
+            None if dropout is None or dropout.threshold == 0 else Dropped(dropout),
+        )
+
+    def begin(self, unit: Unit) -> list[Any]:
+        """Where a unit adds its own part of the options' gradients to: one entry per score, then
+        that of the sinks."""
+        sinks = None if self.sinks is None else self.sinks.begin(unit)
+        return [*(score.begin(unit) for score in self.scores), sinks]
+
+    def end(self, unit: Unit, parts: list[Any]) -> None:
+        """Take a unit's parts; units take turns."""
+        for score, part in zip(self.scores, parts, strict=False):
+            score.end(unit, part)
+        if self.sinks is not None:
+            self.sinks.end(unit, parts[-1])
+
+    def owner(self, unit: Unit, packed: bool) -> tuple[int, ...] | None:
+        """Units of one owner are one thread's; None: nobody minds."""
+        owners = {score.owner(unit, packed) for score in self.scores} - {None}
+        return None if not owners else owners.pop() if len(owners) == 1 else ()
+
+    def gradients(self) -> dict[str, Any]:
+        """Gradients of the options' arrays by name."""
+        grads: dict[str, Any] = {}
+        for part in (*self.scores, self.sinks):
+            if part is not None:
+                grads |= part.gradients()
+        return grads
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """What all tiles of one call share."""
+    """What all tiles of one call, or of the sequences of one pair of lengths, share.
+
+    Parameters
+    ----------
+    sequences
+        Numbers of packed sequences, which are the shape's batch axis; else None.
+    """
 
     shape: Shape
     tiling: Tiling
-    mask: Band
-    scores: list[Softcap | Alibi]
+    masks: Masks
+    extras: Extras
     scale: np.generic
     dtype: np.dtype
-    scratch: Scratch
+    q_offset: int
+    sequences: np.ndarray | None
 
     @classmethod
-    def of(cls, q: np.ndarray, k: np.ndarray, v: np.ndarray, options: Options) -> Call:
-        shape, dtype = Shape.of(q, k, v), accumulator(q.dtype)
+    def of(cls, shape: Shape, extras: Extras, sequences: np.ndarray | None = None) -> Call:
+        options, dtype = extras.options, extras.dtype
+        q_offset = options.q_offset
+        if q_offset is None:
+            q_offset = shape.len_k - shape.len_q
+        band = Band(shape.len_k, q_offset, options.left, options.right)
         return cls(
             shape,
-            Tiling.of(shape),
-            Band(shape.len_k, options.q_offset, options.left, options.right),
-            scores_of(options, (*shape.outer, shape.group), dtype),
+            Tiling.of(shape, None if options.blocks is None else options.blocks.block_size[0]),
+            Masks(band, extras.masks),
+            extras,
             dtype.type(options.scale),
             dtype,
-            Scratch(dtype),
+            q_offset,
+            sequences,
         )
-
-    def own(self) -> Call:
-        """The same call for another thread: with buffers of its own."""
-        return replace(self, scratch=Scratch(self.dtype))
 
     def pairs(self) -> int:
         """About how many pairs of query and key the tiles have: how much work the call is."""
         seen = 0
         for q0, q1 in self.row_tiles():
-            low, high = self.mask.keys(q0, q1)
+            low, high = self.masks.band.keys(q0, q1)
             seen += (q1 - q0) * max(0, high - low)
-        return seen * self.shape.group * math.prod(self.shape.outer)
+        blocks = self.extras.options.blocks
+        density = 1 if blocks is None else blocks.density
+        return int(density * seen) * self.shape.group * math.prod(self.shape.outer)
+
+    def units(self) -> Iterator[Unit]:
+        """Blocks of heads that are computed together."""
+        for place in units(self.shape.outer, self.tiling.heads):
+            *batch, _ = place
+            if self.sequences is None:
+                numbers = np.zeros((), dtype=np.int64)
+                for cut, n in zip(batch, self.shape.batch, strict=True):
+                    numbers = numbers[..., None] * n + np.arange(cut.start, cut.stop)
+                yield Unit(place, tuple(batch), numbers, self.shape.group, self.q_offset)
+            else:
+                numbers = self.sequences[batch[0]]
+                one = slice(int(numbers[0]), int(numbers[0]) + 1)
+                index = one if len(numbers) == 1 else numbers
+                yield Unit(place, (index,), numbers, self.shape.group, self.q_offset)
 
     def whole(self, x: np.ndarray) -> np.ndarray:
         """K or V of a unit, ready for BLAS if that copy is small; else tiles are made ready."""
@@ -169,73 +268,8 @@ class Call:
         for q0 in range(0, self.shape.len_q, self.tiling.rows):
             yield q0, min(q0 + self.tiling.rows, self.shape.len_q)
 
-    def key_tiles(self, q0: int, q1: int) -> Iterator[tuple[int, int]]:
-        """Ranges of keys that rows `q0:q1` see; none when they see no key."""
-        low, high = self.mask.keys(q0, q1)
-        for k0 in range(low, high, self.tiling.keys):
-            yield k0, min(k0 + self.tiling.keys, high)
-
-
-def for_blas(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`x` in `dtype` with rows that BLAS can read in place; `x` itself when it is so already."""
-    step, item = x.strides[-2], x.itemsize
-    in_place = (
-        x.dtype == dtype
-        and x.flags.aligned
-        and x.strides[-1] == item
-        and step >= item * x.shape[-1]
-        and step % item == 0
-    )
-    return x if in_place else x.astype(dtype, order="C")
-
-
-def stack_rows(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A tile (*unit, G, rows, n) as (*unit, G * rows, n): the group's heads share one product."""
-    if x.shape[-3] == 1:
-        return for_blas(x[..., 0, :, :], dtype)
-    dense = np.ascontiguousarray(x, dtype=dtype)
-    return dense.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
-def visible_matmul(
-    weights: np.ndarray,
-    x: np.ndarray,
-    cut: Cut | None,
-    out: np.ndarray | None = None,
-    *,
-    transposed: bool = False,
-) -> np.ndarray:
-    """`weights @ x` in which pairs that `cut` hides have no part, whatever `x` holds there.
-
-    Hidden pairs have weight 0, which is enough as long as `x` is finite; but 0 * NaN is NaN, and
-    one NaN in a key that some rows of the tile do not see would reach them. So non-finite values
-    are taken out of `x`, and given back to the pairs that see them.
-
-    Parameters
-    ----------
-    weights
-        (..., rows, n), 0 wherever hidden.
-    x
-        (..., n, dim).
-    cut
-        The hidden pairs, or None when there are none.
-    transposed
-        Weights are (keys, queries), as in the gradients of k and v.
-    """
-    if cut is None or (finite := np.isfinite(x)).all():
-        return np.matmul(weights, x, out=out)
-    out = np.matmul(weights, np.where(finite, x, 0), out=out)
-    visible = cut.visible(weights.shape[-1 if transposed else -2] // cut.rows)
-    visible = visible.T if transposed else visible
-
-    def count(weight_is: np.ndarray | bool, x_is: np.ndarray) -> np.ndarray:
-        return np.matmul((visible & weight_is).astype(x.dtype), x_is.astype(x.dtype))
-
-    up, down = weights > 0, weights < 0
-    plus, minus = np.isposinf(x), np.isneginf(x)
-    out[count(up, plus) + count(down, minus) > 0] += np.inf
-    out[count(up, minus) + count(down, plus) > 0] -= np.inf
-    # Whatever is left is NaN: NaN anywhere, and inf times a weight of 0 or NaN.
-    undefined = count(~(up | down), plus | minus) + count(True, np.isnan(x))
-    out[undefined > 0] = np.nan
-    return out
+    def tiles(self, unit: Unit, q0: int, q1: int) -> Iterator[Place]:
+        """Tiles of the keys that rows `q0:q1` of a unit see; none when they see no key."""
+        for low, high in self.masks.ranges(unit, q0, q1):
+            for k0 in range(low, high, self.tiling.keys):
+                yield Place(unit, q0, q1, k0, min(k0 + self.tiling.keys, high))

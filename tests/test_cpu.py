@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from cuflash import _cpu, _cpu_tiles
-from cuflash._cpu_forward import row_maximum
 from cuflash._cpu_masks import Band, Cut
+from cuflash._cpu_products import visible_matmul
+from cuflash._cpu_softmax import row_maximum
 from cuflash._options import Options
 from cuflash._order import empty_like_order
 from tests import cases, oracle
@@ -152,7 +153,7 @@ def test_visible_matmul_forms_no_hidden_product(group: int, transposed: bool) ->
         p=[0.22] * 4 + [0.04] * 3,
     )
     with np.errstate(all="ignore"):
-        got = _cpu_tiles.visible_matmul(weights, x, cut, transposed=transposed)
+        got = visible_matmul(weights, x, cut, transposed=transposed)
         want = np.array([weights[i, visible[i]] @ x[visible[i]] for i in range(len(weights))])
     np.testing.assert_array_equal(got, want)
     assert np.isfinite(want).any()

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from cuflash import _cpu, _cpu_backward, _cpu_forward, _cpu_threads, _cpu_tiles
+from cuflash._cpu_products import Scratch
 from cuflash._cpu_threads import BLAS, Blas, run, threads_for
+from cuflash._cpu_tiles import Call, Extras, Shape
 from cuflash._options import Options
 from tests.cases import Case
 
@@ -108,14 +110,13 @@ def test_work_is_shared(heads: int, use_threads: Callable[[int], None]) -> None:
     counts: list[int] = []
     use_threads(3)
     data = Case(dtype="float32", len_q=600, len_k=600, heads=heads, batch=()).data()
-    original = _cpu_tiles.Call.own
 
-    def own(call: _cpu_tiles.Call) -> _cpu_tiles.Call:
+    def scratch(dtype: np.dtype) -> Scratch:
         counts.append(1)
-        return original(call)
+        return Scratch(dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_cpu_tiles.Call, "own", own)
+        patch.setattr(_cpu_forward, "Scratch", scratch)
         _cpu.forward(data.q, data.k, data.v, Options(0.125, 0))
     assert len(counts) == 3
 
@@ -141,8 +142,13 @@ def test_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pairs_are_those_of_the_mask() -> None:
     q = np.zeros((2, 6, 1000, 8), np.float32)
     k = np.zeros((2, 3, 1000, 8), np.float32)
-    assert _cpu_tiles.Call.of(q, k, k, Options(1.0, 0)).pairs() == 12_000_000
-    window = _cpu_tiles.Call.of(q, k, k, Options(1.0, 0, 10, 0)).pairs()
+    shape = Shape.of(q, k, k)
+
+    def pairs(options: Options) -> int:
+        return Call.of(shape, Extras.of(options, shape.axes, np.dtype(np.float32))).pairs()
+
+    assert pairs(Options(1.0, 0)) == 12_000_000
+    window = pairs(Options(1.0, 0, 10, 0))
     assert 12 * 1000 * 11 * 0.9 < window < 12_000_000 / 4
 
 
