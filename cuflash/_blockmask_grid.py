@@ -71,8 +71,8 @@ class Grid(NamedTuple):
         rows, keys = np.arange(bq), np.arange(bk)
         tiles = np.empty((4, bq, bk), bool)
         for edge in range(4):
-            in_q = rows < (len_q % bq or bq) if edge & 1 else rows < bq
-            in_k = keys < (len_k % bk or bk) if edge & 2 else keys < bk
+            in_q = rows < len_q % bq if edge & 1 else rows < bq
+            in_k = keys < len_k % bk if edge & 2 else keys < bk
             tiles[edge] = in_q[:, None] & in_k
         return pack(tiles)
 

@@ -181,7 +181,7 @@ class Patterns:
         )
         grid = _square(shape, block_size, seen)
         first = checks.count("global_blocks", global_blocks, 0, seen)
-        widest = 2 * max(1, *grid.counts)
+        widest = max(1, *grid.counts)  # no power of two from here on lies between two blocks
         if max_stride is not None:
             stride = checks.count("max_stride", max_stride, 1, seen)
             if stride & (stride - 1):
@@ -190,7 +190,7 @@ class Patterns:
                     f"max_stride is {stride}, and must be a power of two.",
                     f"max_stride={1 << (stride.bit_length() - 1)}, or None for the largest.",
                 )
-            widest = min(stride, 2 * widest)
+            widest = min(stride, widest)
         place, key = _places(grid)
         digits = place ^ key
         blocks = (place >= 0) & (digits < widest) & ((digits & (digits - 1)) == 0)

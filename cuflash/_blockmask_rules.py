@@ -69,7 +69,6 @@ def same_id(grid: Grid, ids_q: Sequence[np.ndarray], ids_k: Sequence[np.ndarray]
             _range(ids, block) for ids, block in zip(pair, grid.block_size, strict=True)
         )
         meet = (low_q[:, None] <= high_k) & (low_k <= high_q[:, None]) & (high_k >= 0)
-        meet &= high_q[:, None] >= 0
         one = (low_q == high_q)[:, None] & (low_k == high_k)
         codes = np.arange(n_q * n_k, dtype=np.int64).reshape(n_q, n_k)
         codes = np.where(meet, np.where(one, FULL, codes), ABSENT)
