@@ -113,6 +113,7 @@ def steps() -> list[Step]:
             30,
             "the papers' sweep beside every peer",
         ),
+        Step("options", (PYTHON, "-m", "bench.options"), 10, "masks, biases, dropout, scores"),
     ]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if Path(sanitizer).exists():

@@ -101,7 +101,8 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_plot_with_matplotlib() -> None:
-    matplotlib = pytest.importorskip("matplotlib")
+    import matplotlib
+
     matplotlib.use("Agg")
     axes = BlockMask.from_dense(np.tri(100, dtype=bool), block_size=16).plot()
     axes.figure.canvas.draw()
