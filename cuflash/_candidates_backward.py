@@ -122,10 +122,13 @@ class Backward:
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""
+        found: dict[Specialization, None] = {}  # variants share the kernels that pass over rows
         for element in elements(arch):
             for dims in DIM_PAIRS:
                 for variant in (Variant("linear"), Variant("shaped"), *OPTION_VARIANTS):
-                    yield from self._variant_kernels(arch, element, dims, variant.without_sinks())
+                    kernels = self._variant_kernels(arch, element, dims, variant.without_sinks())
+                    found |= dict.fromkeys(kernels)
+        yield from found
 
     def _variant_kernels(
         self, arch: str, element: str, dims: tuple[int, int], variant: Variant

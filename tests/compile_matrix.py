@@ -21,10 +21,11 @@ import os
 import re
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from cuflash import _candidates, _compile, _launch_merge, _nvrtc, _plan
+from cuflash import _candidates, _compile, _launch_merge, _nvrtc, _plan, _side_kernels
 from cuflash._compile import Specialization
 from tests.emulator.nvrtc import Nvrtc
 
@@ -33,6 +34,8 @@ GENERATIONS = (12, 13)
 TABLE = Path(__file__).parent / "data" / "registers.json"
 RECORD = "CUFLASH_RECORD_REGISTERS"
 EVERYTHING = "CUFLASH_COMPILE_EVERYTHING"
+# One in so many of the optional kernels is compiled by pytest.
+OPTION_SHARE = 24
 # The register file is handed out in units of 8 registers per thread; below that nothing changes.
 REGISTER_UNIT = 8
 # Up to this head dim a kernel keeps everything in registers, on every architecture.
@@ -63,7 +66,8 @@ def kernels(arch: str) -> list[Specialization]:
     """Every kernel the package can launch on an architecture."""
     found = dict.fromkeys(_plan.all_specializations(arch))
     elements = sorted({spec.element for spec in found})
-    return [*found, *(_launch_merge.specialization(arch, element) for element in elements)]
+    merges = (_launch_merge.specialization(arch, element) for element in elements)
+    return [*found, *merges, *_side_kernels.all_side_kernels(arch)]
 
 
 def group_of(spec: Specialization) -> str:
@@ -84,14 +88,30 @@ def in_tests(spec: Specialization) -> bool:
     """Whether pytest compiles this kernel; all of them would take it most of twenty minutes.
 
     Of the two element types, which differ in one instruction, it takes one for each kernel: head
-    dims alternate, and the other way round on every third and fourth architecture.
+    dims alternate, and the other way round on every third and fourth architecture. Of the kernels
+    for masks, biases, dropout and packed sequences, which are many times as many, a share picked by
+    name.
     """
-    if spec.arch == "sm_75" or os.environ.get(EVERYTHING) or os.environ.get(RECORD):
+    if os.environ.get(EVERYTHING) or os.environ.get(RECORD):
         return True
+    if spec.arch == "sm_75" and not is_optional(spec):
+        return True
+    if is_optional(spec):
+        return zlib.crc32(f"{spec.arch} {spec.name}".encode()) % OPTION_SHARE == 0
     dims = spec.head_dim, spec.head_dim_v
     place = _candidates.DIM_PAIRS.index(dims) if spec.head_dim else 0  # merge has no head dim
     odd = (place + ARCHITECTURES.index(spec.arch) // 2) % 2 == 1
     return odd == (spec.element == "bf16")
+
+
+def is_optional(spec: Specialization) -> bool:
+    """Whether a kernel is one for masks, biases, sinks, dropout or packed sequences."""
+    types = dict(spec.types)
+    return (
+        types.get("Mask", "mask::Band") != "mask::Band"
+        or types.get("Score", "").startswith("score::General")
+        or any(dict(spec.constants).get(name) for name in ("SINKS", "DROPOUT", "PACKED"))
+    )
 
 
 def generation_of(spec: Specialization) -> int:
