@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ._cpu_bits import overwrite
 from ._cpu_masks import Cut
 from ._cpu_place import Place, Unit
 from ._cpu_products import Scratch, for_blas, stack_rows, visible_matmul
@@ -283,7 +284,7 @@ def _backward_tile(own: _Operands, rows: _Rows, place: Place, first: bool) -> No
         dropped = dropout.tile(place).reshape(weights.shape)
         kept = scratch.take("kept", weights.shape)
         np.copyto(kept, weights)
-        np.copyto(kept, 0, where=dropped)
+        overwrite(kept, 0, dropped)
     if own.dv is not None:
         part = scratch.take("part", values.shape)
         own.dv[here] += visible_matmul(
@@ -293,7 +294,7 @@ def _backward_tile(own: _Operands, rows: _Rows, place: Place, first: bool) -> No
     grads = scratch.take("grads", weights.shape)
     np.matmul(rows.dout, values.swapaxes(-1, -2), out=grads)
     if dropped is not None:
-        np.copyto(grads, 0, where=dropped)
+        overwrite(grads, 0, dropped)
     grads -= rows.delta
     grads *= weights
     if cut is not None:

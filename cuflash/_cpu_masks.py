@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from ._cpu_bits import overwrite
 from ._cpu_place import Axes, Index, Place, Spread, Unit
 from ._options import Options
 
@@ -52,7 +53,7 @@ class Cut:
     def fill(self, tile: np.ndarray, value: float) -> None:
         """Set the hidden pairs of `tile` (*unit, G, rows, keys), whatever they hold."""
         for columns, hidden in self.parts:
-            np.copyto(tile[..., columns], value, where=hidden)
+            overwrite(tile[..., columns], value, hidden)
 
     def visible(self, group: int) -> np.ndarray:
         """bool (*unit, group * rows, keys), True = may attend, for a group's stacked rows; unit

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ._cpu_bits import overwrite
 from ._cpu_masks import Cut
 from ._cpu_place import Axes, Place, Spread, Unit
 from ._cpu_products import Scratch, visible_matmul
@@ -54,7 +55,7 @@ class OnlineSoftmax:
         ones = np.ones((weights.shape[-1], 1), dtype=weights.dtype)
         sums = np.matmul(weights, ones)
         if dropped is not None:
-            np.copyto(weights, 0, where=dropped.reshape(weights.shape))
+            overwrite(weights, 0, dropped.reshape(weights.shape))
         if self.maximum is None or self.sum is None:
             self.sum = sums
             visible_matmul(weights, values, cut, out=self.total)

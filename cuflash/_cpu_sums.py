@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ._cpu_bits import rounded
 from ._cpu_place import WHOLE, Axes, Place, Spread, Unit
 from ._cpu_rows import Dense, Rows, Scattered
 
@@ -123,7 +124,10 @@ class OptionSum:
             index = self.total.index(
                 place.unit, slice(place.q0, place.q1), slice(place.k0, place.k1)
             )
-            self.total.x[index] += terms.astype(self.total.x.dtype)
+            if any(self.shared):
+                self.total.x[index] += terms
+            else:
+                self.total.x[index] = rounded(terms, self.total.x.dtype)
         else:
             rows = WHOLE if extents[-2] == 1 else slice(place.q0, place.q1)
             keys = WHOLE if extents[-1] == 1 else slice(place.k0, place.k1)

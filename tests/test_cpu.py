@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from cuflash import _cpu, _cpu_tiles
+from cuflash._cpu_bits import overwrite, rounded
 from cuflash._cpu_masks import Band, Cut
 from cuflash._cpu_products import visible_matmul
 from cuflash._cpu_softmax import row_maximum
@@ -129,6 +130,44 @@ def test_band_touches_only_the_columns_it_cuts() -> None:
     cut = Band(4096, 0, None, 0).cut(1024, 1280, 512, 1280)
     assert cut is not None
     assert [columns for columns, _ in cut.parts] == [slice(513, 768)]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=str)
+@pytest.mark.parametrize("value", [0, -np.inf, 3.5])
+def test_overwriting_elements(value: float, dtype: Any) -> None:
+    """Bit by bit what copyto does, in views too, whatever stood there."""
+    rng = np.random.default_rng(0)
+    x = rng.choice([1.0, -2.0, 0.0, np.nan, np.inf, -np.inf], size=(3, 2, 5, 9)).astype(dtype)
+    for where in (
+        rng.random((5, 7)) < 0.5,
+        rng.random((2, 1, 7)) < 0.5,
+        rng.random((3, 2, 5, 1)) < 0.5,
+    ):
+        got, want = x.copy(), x.copy()
+        overwrite(got[..., 1:8], value, where)
+        np.copyto(want[..., 1:8], value, where=where)
+        assert got.tobytes() == want.tobytes()
+
+
+def test_rounding_to_float16() -> None:
+    """Every float16, the halves between them, their neighbours in float32, and what is out of range."""
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    half = np.sort(half[np.isfinite(half)])
+    between = (half[1:] + half[:-1]) / 2
+    x = np.concatenate([half, between])
+    x = np.concatenate(
+        [
+            x,
+            np.nextafter(x, np.inf),
+            np.nextafter(x, -np.inf),
+            [np.nan, np.inf, -np.inf, 1e30, 1e-30],
+        ]
+    )
+    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        want = x.astype(np.float16)
+        np.testing.assert_array_equal(rounded(x, np.dtype(np.float16)), want)
+    assert rounded(x, np.dtype(np.float32)).tobytes() == x.tobytes()
 
 
 # ---- products with garbage

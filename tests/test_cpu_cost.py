@@ -16,8 +16,11 @@ import numpy as np
 import pytest
 
 from cuflash import _cpu, _cpu_backward, _cpu_forward
+from cuflash._blockmask import BlockMask
+from cuflash._dropout import Dropout
 from cuflash._options import Options
 from tests.cases import Case
+from tests.dense import Warp
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,10 +63,54 @@ def test_memory_is_linear_in_keys_and_groups_share_them() -> None:
     assert peak < 8e6
 
 
+def test_memory_with_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's mask (17 MB) and bias are read in place, a vector's gradient needs no Lq x Lk array, and no weight,
+    random word or derivative outlives its tile."""
+    for module in (_cpu_forward, _cpu_backward):
+        monkeypatch.setattr(module, "threads_for", lambda items, pairs: 1)
+    heads, length = 4, 4096
+    data = Case(dtype="float32", batch=(), heads=heads, len_q=length, len_k=length).data()
+    rng = np.random.default_rng(0)
+    blocks = BlockMask.from_blocks(rng.random((heads, 32, 32)) < 0.2, shape=(length, length))
+    options = Options(
+        0.125,
+        0,
+        None,
+        0,
+        mask=np.broadcast_to(rng.random((length, length)) < 0.5, (heads, length, length)),
+        blocks=blocks,
+        bias=rng.standard_normal((heads, 1, length), dtype=np.float32),
+        sinks=np.zeros(heads, np.float32),
+        dropout=Dropout.of(0.2, 1),
+        score_mod=Warp({"gain": np.ones(heads), "table": np.ones(100)}),
+    )
+    peak, (out, lse) = peak_of(lambda: _cpu.forward(data.q, data.k, data.v, options))
+    assert peak - data.q.nbytes < 16e6
+    given = data.dout, data.q, data.k, data.v, out, lse
+    wrt = ("q", "k", "v", "bias", "sinks", "gain", "table")
+    peak, _ = peak_of(lambda: _cpu.backward(*given, options, wrt=wrt))
+    assert peak - 3 * data.q.nbytes < 24e6
+
+
+def test_gradient_of_a_bias_is_summed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(B, H) = (8, 2) units share a bias of 33 MB: one sum of its size, not one per unit."""
+    for module in (_cpu_forward, _cpu_backward):
+        monkeypatch.setattr(module, "threads_for", lambda items, pairs: min(items, 2))
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((8, 2, 2048, 8), dtype=np.float32)
+    bias = rng.standard_normal((2, 2048, 2048), dtype=np.float32)
+    options = Options(0.3, 0, bias=bias)
+    out, lse = _cpu.forward(q, q, q, options)
+    peak, grads = peak_of(lambda: _cpu.backward(out, q, q, q, out, lse, options, wrt=("bias",)))
+    assert grads["bias"].shape == bias.shape
+    assert peak < bias.nbytes + 16e6
+
+
 SPEED = """
     import json, time
     import numpy as np
     from cuflash import _cpu, _cpu_backward, _cpu_forward
+    from cuflash._blockmask import BlockMask
     from cuflash._options import Options
 
     def plain(q, k, v, scale):
@@ -84,12 +131,17 @@ SPEED = """
         return [rng.standard_normal(shape, dtype=np.float32) for _ in range(3)]
 
     scale = np.float32(0.125)
+    few = np.random.default_rng(1).random((8, 32, 32)) < 1 / 16
+    sparse = BlockMask.from_blocks(few, shape=(4096, 4096))
+    half = np.random.default_rng(2).random((4096, 4096)) < 0.5
     long, short = qkv(8, 4096, 64), qkv(64, 8, 32, 32)
     print(json.dumps({
         "plain": seconds(lambda: plain(*long, scale), 1),
         "full": seconds(lambda: _cpu.forward(*long, Options(0.125, 0)), 2),
         "causal": seconds(lambda: _cpu.forward(*long, Options(0.125, 0, None, 0)), 2),
         "window": seconds(lambda: _cpu.forward(*long, Options(0.125, 0, 128, 0)), 2),
+        "blocks": seconds(lambda: _cpu.forward(*long, Options(0.125, 0, blocks=sparse)), 2),
+        "mask": seconds(lambda: _cpu.forward(*long, Options(0.125, 0, mask=half)), 2),
         "short_plain": seconds(lambda: plain(*short, scale), 5),
         "short": seconds(lambda: _cpu.forward(*short, Options(0.125, 0)), 5),
     }))
@@ -117,4 +169,6 @@ def test_speed_against_the_plain_formula() -> None:
     assert times["full"] < times["plain"], times
     assert times["causal"] < 0.8 * times["full"], times
     assert times["window"] < 0.3 * times["full"], times
+    assert times["blocks"] < 0.35 * times["full"], times
+    assert times["mask"] < 1.5 * times["full"], times
     assert times["short"] < 2.0 * times["short_plain"], times
