@@ -72,7 +72,7 @@ class Variant:
         score = f"score::{self.score.capitalize()}"
         if self.score == "general":
             modifier = "ScoreExpression" if self.expression else "score::Unmodified"
-            score += f"<{str(self.bias).lower()}, {modifier}>"
+            score += f"<Element, {str(self.bias).lower()}, {modifier}>"
         return ("Mask", MASKS[self.mask]), ("Score", score)
 
     @property

@@ -1,8 +1,8 @@
 // Which keys may a row see? A mask is a small struct chosen by Config; its bounds are run-time
-// values, so no length or window ever causes a compilation.
+// values, so no length, window or pattern ever causes a compilation.
 #pragma once
 
-#include "ptx.cuh"
+#include "schedule.cuh"
 
 // Half-open range of rows or keys; empty when end <= begin.
 struct Range {
@@ -13,26 +13,35 @@ struct Range {
 namespace mask {
 
 // Mask concept, by example. A new mask copies this form:
-//   Mask(shape)             from the call's Shape
+//   Mask(p, work, head)     of one query head, from any kernel's params; work.tile is the tile of
+//                           queries (forward, dq) or of keys (dkdv) that the block owns
 //   keys(rows)              range that holds every key seen by at least one of these rows, within
 //                           [0, len_k)
 //   rows(keys)              range that holds every row seeing at least one of these keys, within
 //                           [0, len_q)
-//   cuts(rows, keys)        may some pair of this tile be invisible? Tiles that are not cut skip
-//                           `keep`
-//   isolates(rows, keys)    may an invisible pair of this tile name a row and key that exist? (then
-//                           0 * NaN must not leak; rows and keys past the end are zero filled and
-//                           cannot)
-//   keep(row, key)          the predicate
-// rows and keys are the tile's full ranges; they may reach past len_q and len_k.
+//   CONTIGUOUS              every tile of such a range is visited: next_tile returns its argument
+//   next_tile(tile, end)    first tile of [tile, end) of the walked axis that has a visible pair,
+//                           or end
+//   cuts(rows, keys, tile)  may some pair of this tile be invisible? Tiles that are not cut skip
+//                           `hide` and `keep`
+//   isolates(rows, keys, tile)  may an invisible pair of this tile name a row and key that exist?
+//                           (then 0 * NaN must not leak; rows and keys past the end are zero filled
+//                           and cannot)
+//   keep(row, key)          the predicate; anything for a row past the end
+//   hide(map, rows, keys)   invisible pairs of a tile that is cut become -inf; `map` as ScoreMap in
+//                           forward.cuh
+// rows and keys are the tile's full ranges, which may reach past len_q and len_k; `tile` is its
+// number on the walked axis.
 
 // Row i sees keys max(0, i + low) .. min(len_k - 1, i + high): full attention, causal, windows and
 // ragged tails in one.
 struct Band {
+    static constexpr bool CONTIGUOUS = true;
     int low, high, len_q, len_k;
 
     DEV_METHOD explicit Band(const Shape& shape)
         : low(shape.band_low), high(shape.band_high), len_q(shape.len_q), len_k(shape.len_k) {}
+    template <class Params> DEV_METHOD Band(const Params& p, const Work&, int) : Band(p.shape) {}
 
     DEV_METHOD Range keys(Range rows) const {
         const int last = min(rows.end, len_q) - 1;
@@ -42,16 +51,155 @@ struct Band {
         const int last = min(keys.end, len_k) - 1;
         return {max(0, keys.begin - high), min(len_q, last - low + 1)};
     }
-    DEV_METHOD bool isolates(Range rows, Range keys) const {
+    DEV_METHOD int next_tile(int tile, int) const { return tile; }
+    DEV_METHOD bool isolates(Range rows, Range keys, int = 0) const {
         const int last_row = min(rows.end, len_q) - 1, last_key = min(keys.end, len_k) - 1;
         return keys.begin < last_row + low || last_key > rows.begin + high;
     }
-    DEV_METHOD bool cuts(Range rows, Range keys) const {
+    DEV_METHOD bool cuts(Range rows, Range keys, int = 0) const {
         return keys.end > len_k || isolates(rows, keys);
     }
 
     DEV_METHOD bool keep(int row, int key) const {
         return key >= row + low && key <= min(row + high, len_k - 1);
+    }
+    template <class Map> DEV_METHOD void hide(Map map, Range, Range) const {
+        map([&](float s, int row, int key) { return keep(row, key) ? s : neg_infinity(); });
+    }
+};
+
+// The band and what a boolean array or a block mask says. Tiles come from a map made beforehand
+// (mask_tiles.cuh): one bit per tile in two planes, "has a visible pair" and "has no hidden pair".
+template <class Source> struct Mapped {
+    static constexpr bool CONTIGUOUS = false;
+    Band band;
+    Source source;
+    const u32* visible;  // of the tiles in this block's row of the map
+    const u32* full;
+
+    template <class Params> DEV_METHOD Mapped(const Params& p, const Work& work, int head)
+        : band(p.shape), source(p, work, head) {
+        const MaskParams& values = p.values.mask;
+        i64 at = values.map_offset + head * values.map_head + (i64)work.tile * values.map_words;
+#pragma unroll
+        for (int axis = 0; axis < MAX_BATCH_AXES; ++axis)
+            at += work.batch_index[axis] * values.map_batch[axis];
+        visible = p.options.mask_map + at;
+        full = visible + values.map_plane;
+    }
+
+    DEV_METHOD Range keys(Range rows) const { return band.keys(rows); }
+    DEV_METHOD Range rows(Range keys) const { return band.rows(keys); }
+    DEV_METHOD int next_tile(int tile, int end) const {
+        while (tile < end) {
+            const u32 left = visible[tile / 32] >> tile % 32;
+            if (left != 0u) return min(end, tile + __ffs(left) - 1);
+            tile = (tile | 31) + 1;
+        }
+        return end;
+    }
+    DEV_METHOD bool hides(int tile) const { return (full[tile / 32] >> tile % 32 & 1u) == 0u; }
+    DEV_METHOD bool isolates(Range rows, Range keys, int tile) const {
+        return hides(tile) || band.isolates(rows, keys);
+    }
+    DEV_METHOD bool cuts(Range rows, Range keys, int tile) const {
+        return hides(tile) || band.cuts(rows, keys);
+    }
+    DEV_METHOD bool keep(int row, int key) const {
+        return band.keep(row, key) && source.keep(row, key);
+    }
+    template <class Map> DEV_METHOD void hide(Map map, Range rows, Range keys) const {
+        if (band.cuts(rows, keys)) band.hide(map, rows, keys);
+        map.hide_patches(source);
+    }
+};
+
+// Source concept: the pairs that an array hides, of one query head. Nothing outside the array is
+// read, whatever row and key are.
+//   Source(p, work, head)
+//   keep(row, key)        the predicate; anything for rows and keys past the end
+//   patch(row, key)       of 16 x 16 pairs; row and key are multiples of 16
+//   patch.bits(r, c)      row r of the patch (0..15); bits c, c + 1, c + 8 and c + 9 of the result
+//                         are the pairs of these keys, the others are anything. c is even
+
+// A byte per pair, not 0 where the row may see the key.
+struct Dense {
+    const u8* base;  // of the head
+    i64 row_step, key_step;
+    int last_row, last_key;
+
+    template <class Params> DEV_METHOD Dense(const Params& p, const Work& work, int head)
+        : base((const u8*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
+          row_step(p.values.mask.strides.row),
+          key_step(p.values.mask.strides.key),
+          last_row(p.shape.len_q - 1),
+          last_key(p.shape.len_k - 1) {}
+
+    DEV_METHOD const u8* row(int i) const { return base + min(i, last_row) * row_step; }
+    DEV_METHOD bool at(const u8* row, int key) const {
+        return row[min(key, last_key) * key_step] != 0;
+    }
+    DEV_METHOD bool keep(int i, int key) const { return at(row(i), key); }
+
+    struct Patch {
+        const Dense& source;
+        int row, key;
+        DEV_METHOD u32 bits(int r, int c) const {
+            const u8* from = source.row(row + r);
+            u32 found = 0u;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int column = c + e % 2 + e / 2 * 8;
+                found |= (u32)source.at(from, key + column) << column;
+            }
+            return found;
+        }
+    };
+    DEV_METHOD Patch patch(int row, int key) const { return {*this, row, key}; }
+};
+
+// Blocks whose sides are multiples of 16: absent, full, or with a bit per pair.
+struct Blocks {
+    static constexpr int ABSENT = -1, FULL = -2;
+    const int* slots;  // of the head
+    const u32* partial;
+    i64 row_step, key_step;  // between slots
+    int block_q, block_k, bit_words;
+    int last_row, last_key;
+
+    template <class Params> DEV_METHOD Blocks(const Params& p, const Work& work, int head)
+        : slots((const int*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
+          partial(p.options.mask_bits),
+          row_step(p.values.mask.strides.row),
+          key_step(p.values.mask.strides.key),
+          block_q(p.values.mask.block_q),
+          block_k(p.values.mask.block_k),
+          bit_words(p.values.mask.bit_words),
+          last_row(p.shape.len_q - 1),
+          last_key(p.shape.len_k - 1) {}
+
+    DEV_METHOD bool keep(int row, int key) const {
+        return patch(row & ~15, key & ~15).bits(row & 15, 0) >> (key & 15) & 1u;
+    }
+
+    struct Patch {
+        const u32* words;  // of the patch's first row; null: no bits are needed
+        int bit_words, shift;
+        u32 all;  // without bits: of every row
+        DEV_METHOD u32 bits(int r, int) const {
+            return words == nullptr ? all : words[r * bit_words] >> shift;
+        }
+    };
+    // A patch never straddles blocks, and its rows never straddle words.
+    DEV_METHOD Patch patch(int row, int key) const {
+        row = min(row, last_row & ~15);
+        key = min(key, last_key & ~15);
+        const int block_row = (u32)row / (u32)block_q, block_key = (u32)key / (u32)block_k;
+        const int slot = slots[block_row * row_step + block_key * key_step];
+        if (slot < 0) return {nullptr, 0, 0, slot == FULL ? 0xffffu : 0u};
+        const int inside_q = row - block_row * block_q, inside_k = key - block_key * block_k;
+        return {partial + ((i64)slot * block_q + inside_q) * bit_words + inside_k / 32, bit_words,
+                inside_k % 32, 0u};
     }
 };
 

@@ -12,22 +12,29 @@ struct Work {
     int batch_index[MAX_BATCH_AXES];
 };
 
-// Section after section of `heads_per_section` heads; inside one, tile-major with the longest tile
-// first. `heads` per batch entry. A second call computes anew: cheaper than keeping its results in
-// registers across a main loop.
-DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
+// Section after section of `heads_per_section` heads; inside one, tile-major from the first tile on.
+// `heads` per batch entry; batch_index stays unset. A second call computes anew: cheaper than
+// keeping its results in registers across a main loop.
+DEV Work decode_flat(const Schedule& schedule, int batch, int heads) {
     const unsigned block = fresh_block_id(), tiles = schedule.tiles;
     const unsigned section_heads = schedule.heads_per_section;
-    const unsigned total = (unsigned)shape.batch * heads;
+    const unsigned total = (unsigned)batch * heads;
     const unsigned section = block / (section_heads * tiles);
     const unsigned first_head = section * section_heads, inside = block - first_head * tiles;
     const unsigned here = min(section_heads, total - first_head);  // the last may be smaller
-    const int tile = inside / here, head = first_head + inside % here;
+    const int head = first_head + inside % here;
 
     Work work;
-    work.tile = schedule.longest_last ? schedule.tiles - 1 - tile : tile;
+    work.tile = inside / here;
     work.batch = head / heads;
     work.head = head % heads;
+    return work;
+}
+
+// The same with the longest tile first.
+DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
+    Work work = decode_flat(schedule, shape.batch, heads);
+    if (schedule.longest_last) work.tile = schedule.tiles - 1 - work.tile;
     int rest = work.batch;
 #pragma unroll
     for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
@@ -37,8 +44,9 @@ DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
     return work;
 }
 
-// Element offset of a head in an array of these strides.
-DEV i64 head_offset(const Work& work, const Strides& strides, int head) {
+// Element offset of a head in an array of these Strides or PairStrides.
+template <class AnyStrides>
+DEV i64 head_offset(const Work& work, const AnyStrides& strides, int head) {
     i64 offset = head * strides.head;
 #pragma unroll
     for (int axis = 0; axis < MAX_BATCH_AXES; ++axis)

@@ -1,7 +1,8 @@
-// What happens to q.k before the softmax: scale, soft cap, ALiBi, in this order.
+// What happens to q.k before the softmax: scale, soft cap, score expression, bias, ALiBi, in this
+// order.
 #pragma once
 
-#include "schedule.cuh"
+#include "packed.cuh"
 
 // Relative error below 4e-7 everywhere: tanh.approx (5e-4) would be visible in the output.
 DEV float tanh_accurate(float x) {
@@ -27,7 +28,7 @@ namespace score {
 //                          folds the factor into exp2
 //   folded_factor()        log2 units per unit of the scores that forward keeps, > 0; 1 unless FOLDED
 //   negative()             FOLDED: must q.k change its sign first?
-//   Score(shape, slope)    slope: of this query head, 0 without ALiBi
+//   Score(p, work, head, slope)  of a query head, from any kernel's params; slope: 0 without ALiBi
 //   at(s, row, key)        Logit of the raw product s of a query row and a key (members that are
 //                          not used cost nothing)
 //   apply(map)             the same for a whole tile: map(f) replaces every raw product by
@@ -39,7 +40,8 @@ struct Linear {
     static constexpr bool FOLDED = true;
     float factor;  // signed
 
-    DEV_METHOD Linear(const Shape& shape, float) : factor(shape.scale * LOG2_E) {}
+    template <class Params> DEV_METHOD Linear(const Params& p, const Work&, int, float)
+        : factor(p.shape.scale * LOG2_E) {}
 
     DEV_METHOD float folded_factor() const { return fabsf(factor); }
     DEV_METHOD bool negative() const { return factor < 0.f; }
@@ -51,20 +53,19 @@ struct Linear {
     }
 };
 
-// Everything, decided at run time by branches that all threads take alike: any scale, soft cap,
-// ALiBi.
+// Any scale, soft cap and ALiBi, decided at run time by branches that all threads take alike.
 struct Shaped {
     static constexpr bool FOLDED = false;
     float scale, softcap, inverse_softcap;
     float slope_log2;  // slope * log2(e)
     int q_offset;
 
-    DEV_METHOD Shaped(const Shape& shape, float slope)
-        : scale(shape.scale),
-          softcap(shape.softcap),
-          inverse_softcap(shape.softcap > 0.f ? 1.f / shape.softcap : 0.f),
+    template <class Params> DEV_METHOD Shaped(const Params& p, const Work&, int, float slope)
+        : scale(p.shape.scale),
+          softcap(p.shape.softcap),
+          inverse_softcap(p.shape.softcap > 0.f ? 1.f / p.shape.softcap : 0.f),
           slope_log2(slope * LOG2_E),
-          q_offset(shape.q_offset) {}
+          q_offset(p.shape.q_offset) {}
 
     DEV_METHOD float folded_factor() const { return 1.f; }
     DEV_METHOD bool negative() const { return false; }
@@ -96,18 +97,142 @@ struct Shaped {
     }
 };
 
+// Modifier concept, by example: what a score expression does to the scaled, soft-capped score of
+// (batch or sequence b, query head h, row i, key j). Generated ones: cuflash/_scoremod_source.py.
+//   CHANGES          false: nothing is called
+//   Modifier(p)      from any kernel's params
+//   value(s, b, h, i, j)            the new score
+//   with_derivative(s, b, h, i, j)  the new score and its derivative in s
+struct Unmodified {
+    static constexpr bool CHANGES = false;
+    template <class Params> DEV_METHOD explicit Unmodified(const Params&) {}
+    DEV_METHOD float value(float s, int, int, int, int) const { return s; }
+    DEV_METHOD float2 with_derivative(float s, int, int, int, int) const {
+        return make_float2(s, 1.f);
+    }
+};
+
+// Everything: Shaped, and between soft cap and ALiBi a score expression and a bias. In natural units
+// to the end.
+template <class Element, bool HAS_BIAS, class Modifier> struct General {
+    static constexpr bool FOLDED = false;
+    float scale, softcap, inverse_softcap, slope;
+    int q_offset, batch, head;
+    int last_row, last_key;  // a bias has no element past them; the pair's score is not used there
+    const u8* bias;          // of the head
+    i64 row_step, key_step;  // in bytes
+    bool bias_16bit;
+    Modifier modifier;
+
+    template <class Params>
+    DEV_METHOD General(const Params& p, const Work& work, int head_, float slope_)
+        : scale(p.shape.scale),
+          softcap(p.shape.softcap),
+          inverse_softcap(p.shape.softcap > 0.f ? 1.f / p.shape.softcap : 0.f),
+          slope(slope_),
+          q_offset(p.shape.q_offset),
+          batch(work.batch),
+          head(head_),
+          last_row(p.shape.len_q - 1),
+          last_key(p.shape.len_k - 1),
+          modifier(p) {
+        if constexpr (HAS_BIAS) {
+            bias_16bit = (p.shape.flags & FLAG_BIAS_16BIT) != 0;
+            const int bytes = bias_16bit ? 2 : 4;
+            bias = (const u8*)p.options.bias + head_offset(work, p.values.bias, head) * bytes;
+            row_step = p.values.bias.row * bytes;
+            key_step = p.values.bias.key * bytes;
+        }
+    }
+
+    DEV_METHOD float folded_factor() const { return 1.f; }
+    DEV_METHOD bool negative() const { return false; }
+
+    DEV_METHOD Logit at(float s, int row, int key) const {
+        float x = s * scale, derivative = 1.f;
+        if (softcap > 0.f) {
+            const float t = tanh_accurate(x * inverse_softcap);
+            x = softcap * t;
+            derivative = 1.f - t * t;
+        }
+        if constexpr (Modifier::CHANGES) {
+            const float2 changed = modifier.with_derivative(x, batch, head, row, key);
+            x = changed.x;
+            derivative *= changed.y;
+        }
+        if constexpr (HAS_BIAS) x += bias_at(row, key);
+        if (slope != 0.f) x = fmaf(slope, alibi_distance(row, key), x);
+        return {x * LOG2_E, derivative};
+    }
+    template <class Map> DEV_METHOD void apply(Map map) const {
+        if (softcap > 0.f)
+            map([&](float s, int, int) {
+                return softcap * tanh_accurate(s * scale * inverse_softcap);
+            });
+        else
+            map([&](float s, int, int) { return s * scale; });
+        if constexpr (Modifier::CHANGES)
+            map([&](float s, int row, int key) {
+                return modifier.value(s, batch, head, row, key);
+            });
+        if constexpr (HAS_BIAS) {
+            if (bias_16bit)
+                map([&](float s, int row, int key) { return s + narrow_bias(row, key); });
+            else
+                map([&](float s, int row, int key) { return s + wide_bias(row, key); });
+        }
+        if (slope != 0.f)
+            map([&](float s, int row, int key) {
+                return fmaf(slope, alibi_distance(row, key), s);
+            });
+        map([&](float s, int, int) { return s * LOG2_E; });
+    }
+    // d(logit) / d(slope)
+    DEV_METHOD float alibi_distance(int row, int key) const {
+        return -fabsf((float)(row + q_offset - key));
+    }
+    // Of the nearest pair that exists: whatever it adds elsewhere is not used.
+    DEV_METHOD float bias_at(int row, int key) const {
+        return bias_16bit ? narrow_bias(row, key) : wide_bias(row, key);
+    }
+
+  private:
+    DEV_METHOD const u8* bias_address(int row, int key) const {
+        return bias + min(row, last_row) * row_step + min(key, last_key) * key_step;
+    }
+    DEV_METHOD float narrow_bias(int row, int key) const {
+        return Element::to_float(*(const u16*)bias_address(row, key));
+    }
+    DEV_METHOD float wide_bias(int row, int key) const {
+        return *(const float*)bias_address(row, key);
+    }
+};
+
 }  // namespace score
+
+// One element of an array of floats, or of 16-bit elements where `narrow`.
+template <class Element> DEV float side_value(const void* array, i64 at, bool narrow) {
+    return narrow ? Element::to_float(ld_global_u16((const u16*)array + at))
+                  : ((const float*)array)[at];
+}
 
 // The score of one query head, from any kernel's params.
 template <class Config, class Params>
 DEV typename Config::Score make_score(const Params& p, const Work& work, int head) {
     float slope = 0.f;
     if constexpr (!Config::Score::FOLDED)
-        if (p.alibi_slopes != nullptr) {
-            const i64 at = head_offset(work, p.slope_strides, head);
-            slope = p.shape.flags & FLAG_SLOPES_16BIT
-                        ? Config::Element::to_float(ld_global_u16((const u16*)p.alibi_slopes + at))
-                        : ((const float*)p.alibi_slopes)[at];
-        }
-    return typename Config::Score(p.shape, slope);
+        if (p.alibi_slopes != nullptr)
+            slope = side_value<typename Config::Element>(p.alibi_slopes,
+                                                         head_offset(work, p.slope_strides, head),
+                                                         p.shape.flags & FLAG_SLOPES_16BIT);
+    return typename Config::Score(p, work, head, slope);
+}
+
+// The sink of a query head in log2 units, -inf without sinks.
+template <class Config, class Params> DEV float sink_log2(const Params& p, int head) {
+    if constexpr (Config::SINKS)
+        return LOG2_E * side_value<typename Config::Element>(p.options.sinks, head,
+                                                             p.shape.flags & FLAG_SINKS_16BIT);
+    else
+        return neg_infinity();
 }
