@@ -655,3 +655,70 @@ def test_arguments_are_not_changed() -> None:
         x.flags.writeable = False
     run(dense, options)
     assert [x.tobytes() for x in given] == before
+
+
+def test_several_batch_axes_count_as_one() -> None:
+    """(2, 1, H, ...) and (1, 2, H, ...) give what (2, H, ...) gives, for every option."""
+    dense, options = call_of(EVERYTHING, seed=9)
+    want_out, want_lse, want = run(dense, options)
+    dout, dlse = cotangents(dense)
+    for lead in ((2, 1), (1, 2)):
+
+        def apart(x: np.ndarray, lead: tuple[int, int] = lead) -> np.ndarray:
+            return x.reshape(*lead, *x.shape[1:])
+
+        own = Options(**{
+            **{name: getattr(options, name) for name in Options.__slots__},
+            "mask": apart(options.mask), "alibi_slopes": apart(options.alibi_slopes),
+        })  # fmt: skip
+        q, k, v = map(apart, (dense.q, dense.k, dense.v))
+        out, lse = _cpu.forward(q, k, v, own)
+        given = apart(dout), q, k, v, out, lse
+        grads = flat(_cpu.backward(*given, own, dlse=apart(dlse), wrt=wrt_of(own)))
+        np.testing.assert_array_equal(out, apart(want_out))
+        np.testing.assert_array_equal(lse, apart(want_lse))
+        for name, grad in grads.items():
+            np.testing.assert_array_equal(grad.reshape(want[name].shape), want[name])
+
+
+def test_batch_numbers_are_flat_indices() -> None:
+    """Batch (2, 3): dropout draws element (1, 0) as number 3, whatever units hold it."""
+    keep = dropout_mask(SEED, P, (2, 3, 2, 5, 7))
+    q, k = np.zeros((2, 3, 2, 5, 4)), np.zeros((2, 3, 2, 7, 4))
+    v = np.broadcast_to(np.eye(7), (2, 3, 2, 7, 7))
+    options = Options(0.3, 0, dropout=Dropout.of(P, SEED))
+    for elements in (1, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_cpu_tiles, "TILE_ELEMENTS", elements)
+            out, _ = _cpu.forward(q, k, v, options)
+        np.testing.assert_array_equal(out != 0, keep)
+
+
+@pytest.mark.parametrize(
+    ("option", "items"),
+    [
+        ("bias", [1, 1, 1, 1]),
+        ("bias_shared", [2, 2]),
+        ("bias_keys", [1, 1, 1, 1]),
+        ("score_mod", [4]),
+    ],
+)
+def test_units_that_share_a_sum_are_one_threads(
+    option: str, items: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(B, Hkv) = (2, 2) units: with a large bias over the batch, one thread has both of a head."""
+    monkeypatch.setattr(_cpu_tiles, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_cpu_sums, "PART_ELEMENTS", 0)
+    monkeypatch.setattr("cuflash._cpu_scores.PART_ELEMENTS", 0)
+    seen: list[int] = []
+
+    def counting(work: Any, worker: Any, threads: int) -> None:
+        do = worker(lambda: False)
+        for item in work:
+            seen.append(len(item))
+            do(item)
+
+    monkeypatch.setattr(_cpu_backward, "run", counting)
+    dense, options = call_of((option,))
+    run(dense, options)
+    assert seen == items

@@ -357,3 +357,35 @@ def test_20000_tiny_sequences() -> None:
         own = dense.backward(want, np.zeros(want_lse.shape))
         for name, rows in (("q", own_q), ("k", own_k), ("v", own_k)):
             np.testing.assert_allclose(grads[name][:, rows], own[name][0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("option", "alone"),
+    [
+        ("plain", True),
+        ("bias", True),
+        ("bias_shared", False),
+        ("score_mod", False),
+        ("sinks", True),
+    ],
+)
+def test_sequences_that_share_a_sum_are_one_threads(
+    option: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu_tiles, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(_cpu_sums, "PART_ELEMENTS", 0)
+    monkeypatch.setattr("cuflash._cpu_scores.PART_ELEMENTS", 0)
+    items: list[int] = []
+
+    def counting(work: Any, worker: Any, threads: int) -> None:
+        do = worker(lambda: False)
+        for item in work:
+            items.append(len(item))
+            do(item)
+
+    packed = Packed(*LENGTHS["scattered"], option)
+    out, lse = packed.forward()
+    monkeypatch.setattr(_cpu_backward, "run", counting)
+    packed.backward(out, lse)
+    units = 8 * HEADS_KV  # one sequence has no rows
+    assert items == ([1] * units if alone else [units])
