@@ -2,6 +2,7 @@
 // tiles those rows see.
 #pragma once
 
+#include "dropout.cuh"
 #include "finite.cuh"
 #include "masks.cuh"
 #include "score.cuh"
@@ -24,11 +25,11 @@ template <class C> struct ForwardLayout {
                   "a warp stages its output over its own rows of Q, which nobody else reads");
 };
 
-// Brings K and V tiles to shared memory ahead of their use. Per tile: k(tile), products with K,
-// v(tile), products with V.
+// Brings K and V tiles to shared memory ahead of their use. Per tile, where `next` is the one after
+// it: k(tile, next), products with K, v(next), products with V.
 //   1 stage    V is under way during Q K^T, the next K during softmax and P V; two barriers per
 //              tile
-//   2 or more  whole tiles are under way during a whole tile step; one barrier per tile
+//   2 stages   whole tiles are under way during a whole tile step; one barrier per tile
 template <class C> struct KeyValuePipeline {
     using L = ForwardLayout<C>;
     TileLoader<typename L::KTile, L::THREADS, C::VECTOR_ONLY> k_loader;
@@ -36,6 +37,7 @@ template <class C> struct KeyValuePipeline {
     u32 k_smem, v_smem;
     int end;        // tiles [.., end) exist
     int stage = 0;  // of the tile in use
+    static_assert(C::STAGES <= 2, "a walk that skips tiles knows the next one, not the one after");
     static_assert(C::STAGES == 1 || HAS_ASYNC_COPY,
                   "tiles that travel through registers need no second stage");
 
@@ -48,14 +50,9 @@ template <class C> struct KeyValuePipeline {
           v_smem(smem + L::V),
           end(end_tile) {}
 
-    // Groups of copies under way after start.
-    static constexpr int STARTED = C::STAGES == 1 ? 1 : C::STAGES - 1;
-
-    DEV_METHOD void start(int tile) {
-#pragma unroll
-        for (int ahead = 0; ahead < STARTED; ++ahead) fetch(tile + ahead, ahead, C::STAGES > 1);
-    }
-    DEV_METHOD u32 k(int tile) {
+    // One group of copies is under way after it.
+    DEV_METHOD void start(int tile) { fetch(tile, 0, C::STAGES > 1); }
+    DEV_METHOD u32 k(int tile, int next) {
         if constexpr (C::STAGES == 1) {
             k_loader.template land<0>(k_smem);
             __syncthreads();  // K is visible, and every warp is done with the V before
@@ -63,22 +60,21 @@ template <class C> struct KeyValuePipeline {
             cp_async_commit();
             return k_smem;
         } else {
-            k_loader.template land<C::STAGES - 2>(k_smem);
+            k_loader.template land<0>(k_smem);
             __syncthreads();  // K and V are visible, and every warp is done with the tile before
-            const int free = stage == 0 ? C::STAGES - 1 : stage - 1;
-            fetch(tile + C::STAGES - 1, free, true);
+            fetch(next, stage ^ 1, true);
             return k_smem + stage * L::KTile::BYTES;
         }
     }
-    DEV_METHOD u32 v(int tile) {
+    DEV_METHOD u32 v(int next) {
         if constexpr (C::STAGES == 1) {
             v_loader.template land<0>(v_smem);
             __syncthreads();  // V is visible, and every warp is done with K
-            fetch(tile + 1, 0, false);
+            fetch(next, 0, false);
             return v_smem;
         } else {
             const u32 here = v_smem + stage * L::VTile::BYTES;
-            stage = stage == C::STAGES - 1 ? 0 : stage + 1;
+            stage ^= 1;
             return here;
         }
     }
@@ -167,12 +163,12 @@ DEV void add_probability_value_product(Accumulator<M16, O8>& o,
     }
 }
 
-// A warp's scores in the tile that begins at (first_row, first_key): map(f) makes every x of them
-// f(x, row, key).
+// A warp's scores in the tile that begins at (first_row, first_key).
 template <int M16, int N8> struct ScoreMap {
     Accumulator<M16, N8>& s;
     int first_row, first_key;
 
+    // Makes every x of them f(x, row, key).
     template <class Function> DEV_METHOD void operator()(Function f) const {
         const unsigned thread = fresh_thread_id(), lane = thread % 32;
         const int row = opaque(first_row + thread / 32 * (16 * M16) + lane / 4);
@@ -185,6 +181,26 @@ template <int M16, int N8> struct ScoreMap {
                     s.x[m][n][e] = f(s.x[m][n][e], row + m * 16 + e / 2 * 8,
                                      first_key + n * 8 + (int)(lane % 4) * 2 + e % 2);
     }
+    // Makes those -inf that a mask's source hides.
+    template <class Source> DEV_METHOD void hide_patches(const Source& source) const {
+        const unsigned thread = fresh_thread_id(), lane = thread % 32;
+        const int row = opaque(first_row + thread / 32 * (16 * M16)), column = lane % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int n = 0; n < N8; n += 2) {
+                const auto patch = source.patch(row + m * 16, first_key + n * 8);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const u32 bits = patch.bits(half * 8 + lane / 4, column) >> column;
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        float& x = s.x[m][n + e / 2][2 * half + e % 2];
+                        x = bits >> (e / 2 * 8 + e % 2) & 1u ? x : neg_infinity();
+                    }
+                }
+            }
+    }
 };
 
 // Flips the sign of every element of a tile; all threads, between barriers.
@@ -194,11 +210,12 @@ template <class Tile, int THREADS> DEV void negate(u32 smem) {
         st_shared_u32(smem + i * 4, ld_shared_u32(smem + i * 4) ^ 0x80008000u);
 }
 
-// The key tiles that some of these rows see.
+// The key tiles that some of these rows see: from the first of them on, those that next_tile names.
 template <class C> DEV Range key_tiles(const typename C::Mask& mask, Range rows) {
     const Range keys = mask.keys(rows);
     if (keys.empty()) return {0, 0};
-    return {keys.begin / C::BLOCK_K, (keys.end + C::BLOCK_K - 1) / C::BLOCK_K};
+    const int end = (keys.end + C::BLOCK_K - 1) / C::BLOCK_K;
+    return {mask.next_tile(keys.begin / C::BLOCK_K, end), end};
 }
 
 // Divides by the sums; writes lse and the rows of one warp. `repaired`: some tile that the mask
@@ -209,32 +226,33 @@ DEV void write_output(const ForwardParams& p, u32 out_smem, const Accumulator<M1
     using L = ForwardLayout<C>;
     using OutTile = typename L::OutTile;
     const Shape& shape = p.shape;
-    const Work work = decode(p.schedule, shape, shape.heads);
+    const Work work = decode<C>(p, shape.heads);
     const int first_row = work.tile * C::BLOCK_Q, row = warp_id() * L::WARP_Q;
 
     float inverse[M16][2], lse[M16][2];
-    softmax.finish(inverse, lse);
-    float* lse_gmem = p.lse + ((i64)work.batch * shape.heads + work.head) * shape.len_q;
+    softmax.template finish<C::SINKS>(inverse, lse, sink_log2<C>(p, work.head));
+    float* lse_gmem = p.lse + statistics_row<C>(p, work, work.head);
 #pragma unroll
     for (int m = 0; m < M16; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = first_row + row + m * 16 + half * 8 + lane_id() / 4;
             if (lane_id() % 4 == 0 && i < shape.len_q) lse_gmem[i] = lse[m][half];
+            if constexpr (C::DROPOUT) inverse[m][half] *= p.values.dropout.factor;
         }
 
     __syncwarp();  // every lane has read its Q, which the output now overwrites
     accumulator_to_shared<typename C::Element, OutTile>(out_smem, row, o, inverse);
     __syncwarp();
     if (repaired) {
-        const typename C::Mask mask(shape);
+        const typename C::Mask mask(p, work, work.head);
         const Range rows{first_row, first_row + C::BLOCK_Q}, tiles = key_tiles<C>(mask, rows);
         const GlobalRows v_gmem =
             head_rows(p.v, p.v_strides, work, work.head / shape.group, shape.len_k,
                       shape.head_dim_v, shape.flags & FLAG_V_VECTOR);
-        for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+        for (int tile = tiles.begin; tile < tiles.end; tile = mask.next_tile(tile + 1, tiles.end)) {
             const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
-            if (mask.isolates(rows, keys))
+            if (mask.isolates(rows, keys, tile))
                 add_non_finite<typename C::Element, OutTile, L::WARP_Q>(out_smem, row, v_gmem, keys,
                                                                         first_row, mask);
         }
@@ -245,20 +263,21 @@ DEV void write_output(const ForwardParams& p, u32 out_smem, const Accumulator<M1
     store_rows<OutTile, L::WARP_Q, C::VECTOR_ONLY>(out_gmem, out_smem, row, first_row);
 }
 
-template <class C> DEV void forward(const ForwardParams& p) {
+// One tile of rows of one head.
+template <class C> DEV void forward_tile(const ForwardParams& p) {
     using L = ForwardLayout<C>;
     extern __shared__ __align__(128) u8 shared_memory[];
     const u32 smem = shared_address(shared_memory);
 
     // Which rows, which keys
     const Shape& shape = p.shape;
-    const Work work = decode(p.schedule, shape, shape.heads);
+    const Work work = decode<C>(p, shape.heads);
     const int first_row = work.tile * C::BLOCK_Q;
     const auto rows = [&] {
         const int first = opaque(first_row);
         return Range{first, first + C::BLOCK_Q};
     };
-    const typename C::Mask mask(shape);
+    const typename C::Mask mask(p, work, work.head);
     const typename C::Score score = make_score<C>(p, work, work.head);
     const Range tiles = key_tiles<C>(mask, rows());
 
@@ -270,7 +289,7 @@ template <class C> DEV void forward(const ForwardParams& p) {
     q_loader.fetch(smem + L::Q, first_row);
     cp_async_commit();
     pipeline.start(tiles.begin);
-    q_loader.template land<KeyValuePipeline<C>::STARTED>(smem + L::Q);
+    q_loader.template land<1>(smem + L::Q);
     __syncthreads();
     if (C::Score::FOLDED && score.negative()) {
         // The maximum is taken of raw products, which must therefore grow with the logits.
@@ -285,23 +304,54 @@ template <class C> DEV void forward(const ForwardParams& p) {
     OnlineSoftmax<L::M16> softmax(score.folded_factor());
     bool repaired = false;
     o.zero();
-    for (int tile = tiles.begin; tile < tiles.end; ++tile) {
+    for (int tile = tiles.begin, next; tile < tiles.end; tile = next) {
+        next = mask.next_tile(tile + 1, tiles.end);
         const Range tile_keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
-        const u32 k_smem = pipeline.k(tile);
+        const u32 k_smem = pipeline.k(tile, next);
         query_key_product<C>(s, q, k_smem);
         const ScoreMap<L::M16, C::BLOCK_K / 8> map{s, first_row, tile_keys.begin};
         if constexpr (!C::Score::FOLDED) score.apply(map);
-        if (mask.cuts(rows(), tile_keys))
-            map([&](float x, int row, int key) {
-                return mask.keep(row, key) ? x : neg_infinity();
-            });
+        if (mask.cuts(rows(), tile_keys, tile)) mask.hide(map, rows(), tile_keys);
         softmax.update(s, o);  // s becomes P
+        if constexpr (C::DROPOUT)
+            drop_weights(dropout::Keep(p, work, work.head), s, first_row + warp_id() * L::WARP_Q,
+                         tile_keys.begin);
         const RoundedOperand<typename C::Element, L::M16, C::BLOCK_K / 8> probabilities(s);
-        const u32 v_smem = pipeline.v(tile);
-        if (mask.isolates(rows(), tile_keys))
+        const u32 v_smem = pipeline.v(next);
+        if (mask.isolates(rows(), tile_keys, tile))
             repaired |=
                 remove_non_finite<typename C::Element, typename L::VTile, L::THREADS>(v_smem);
         add_probability_value_product<C>(o, probabilities, v_smem);
     }
     write_output<C>(p, smem + L::Q, o, softmax, repaired);
+}
+
+// Lengths that contradict themselves: NaN in every row, so that nobody takes the output for one.
+// Here the blocks share out the rows of the arrays, whatever the tables say.
+template <class C> DEV void write_nan(const ForwardParams& p) {
+    const Work work = decode_flat(p.schedule, 1, p.shape.heads);
+    const float nan = __int_as_float(0x7fffffff);
+    u16* out_gmem = (u16*)p.out + work.head * p.out_strides.head;
+    float* lse_gmem = p.lse + work.head * p.values.packed.total_q;
+    for (int i = threadIdx.x; i < C::BLOCK_Q * C::HEAD_DIM_V; i += C::WARPS * 32) {
+        const i64 row = (i64)work.tile * C::BLOCK_Q + i / C::HEAD_DIM_V;
+        const int column = i % C::HEAD_DIM_V;
+        if (row >= p.values.packed.total_q) break;
+        if (column < p.shape.head_dim_v)
+            out_gmem[row * p.out_strides.row + column] = C::Element::from_float(nan);
+        if (column == 0) lse_gmem[row] = nan;
+    }
+}
+
+template <class C> DEV void forward(const ForwardParams& p) {
+    if constexpr (C::PACKED) {
+        if (packed::is_bad(p.options)) return write_nan<C>(p);
+        const Work work = decode<C>(p, p.shape.heads);
+        if (work.batch < 0) return;
+        ForwardParams own = p;
+        packed::enter<C>(own, work);
+        forward_tile<C>(own);
+    } else {
+        forward_tile<C>(p);
+    }
 }

@@ -73,18 +73,28 @@ template <int M16> struct OnlineSoftmax {
     }
 
     // Completes the sums. inverse: factor of the output rows (0 for a row that saw no key); lse:
-    // natural log.
-    DEV_METHOD void finish(float (&inverse)[M16][2], float (&lse)[M16][2]) {
+    // natural log. HAS_SINK: one more logit, sink_log2, takes part in the sums, and has no value.
+    template <bool HAS_SINK>
+    DEV_METHOD void finish(float (&inverse)[M16][2], float (&lse)[M16][2], float sink_log2) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float total = sum[m][half];
+                float total = sum[m][half], share = 1.f;
                 total += __shfl_xor_sync(FULL_WARP, total, 1);
                 total += __shfl_xor_sync(FULL_WARP, total, 2);
+                float offset = in_log2(reference[m][half]);
+                if constexpr (HAS_SINK) {
+                    // Relative to the larger one: a row without keys has LOWEST, of which nothing
+                    // is left.
+                    const float highest = fmaxf(offset, sink_log2);
+                    share = ex2_approx(offset - highest);
+                    total = total * share + ex2_approx(sink_log2 - highest);
+                    offset = highest;
+                }
                 // The comparison is false for NaN, which thus reaches the output and lse.
-                inverse[m][half] = total == 0.f ? 0.f : 1.f / total;
-                const float log2_sum = in_log2(reference[m][half]) + lg2_approx(total);
+                inverse[m][half] = total == 0.f ? 0.f : share / total;
+                const float log2_sum = offset + lg2_approx(total);
                 lse[m][half] = total == 0.f ? neg_infinity() : log2_sum * LN_2;
             }
     }
