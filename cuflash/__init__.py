@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cuflash._attention import attention
 from cuflash._blockmask import BlockMask
+from cuflash._dropout import dropout_mask
 from cuflash._errors import CompileError, UnsupportedError
 from cuflash._explain import explain
 from cuflash._gradient import attention_backward, attention_vjp
@@ -29,6 +30,7 @@ __all__ = [
     "attention_varlen_backward",
     "attention_varlen_vjp",
     "attention_vjp",
+    "dropout_mask",
     "explain",
     "merge_attention",
     "show_config",
