@@ -101,10 +101,10 @@ template <class C> struct QueryAccumulator {
     }
 
     // What repairs of K took out of dQ: a NaN or inf in a key spreads to exactly the rows that see
-    // it.
+    // it. All of `rows` exist.
     template <class Mask> DEV void add_back(float* dq_accum, const GlobalRows& k_gmem,
                                             const Mask& mask, Range rows, Range keys) {
-        const int count = (min(rows.end, mask.len_q) - rows.begin) * k_gmem.columns;
+        const int count = (rows.end - rows.begin) * k_gmem.columns;
 #pragma unroll 1
         for (int at = fresh_thread_id(); at < count; at += THREADS) {
             const int row = at / k_gmem.columns, column = at % k_gmem.columns;

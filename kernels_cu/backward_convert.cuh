@@ -4,18 +4,17 @@
 // Grid: batch * heads * schedule.tiles blocks, schedule.tiles = ceil(len_q / BLOCK_Q).
 #pragma once
 
-#include "masks.cuh"
-#include "score.cuh"
+#include "backward_work.cuh"
 
-template <class C> __device__ void backward_convert(const BackwardParams& p) {
+namespace backward {
+
+template <class C> DEV void convert_rows(const BackwardParams& p) {
     using Element = typename C::Element;
     constexpr int GROUPS = C::HEAD_DIM / 8;  // of eight columns: one 16-byte store
     const Shape& shape = p.shape;
-    const Work work = decode(p.schedule, shape, shape.heads);
+    const Work work = decode<C>(p, shape.heads);
     const int row_0 = work.tile * C::BLOCK_Q, rows = min(C::BLOCK_Q, shape.len_q - row_0);
-    const float* accum =
-        p.dq_accum +
-        (((i64)work.batch * shape.heads + work.head) * shape.len_q + row_0) * C::HEAD_DIM;
+    const float* accum = p.dq_accum + (statistics_row<C>(p, work, work.head) + row_0) * C::HEAD_DIM;
     u16* dq_gmem =
         (u16*)p.dq + head_offset(work, p.dq_strides, work.head) + row_0 * p.dq_strides.row;
     const bool vector = C::VECTOR_ONLY || (shape.flags & FLAG_DQ_VECTOR);
@@ -40,4 +39,11 @@ template <class C> __device__ void backward_convert(const BackwardParams& p) {
                 if (first + c < shape.head_dim) to[c] = Element::from_float(shape.scale * x[c]);
         }
     }
+}
+
+}  // namespace backward
+
+template <class C> __device__ void backward_convert(const BackwardParams& params) {
+    backward::with_sequence<C>(params, params.shape.heads,
+                               [&](const BackwardParams& p) { backward::convert_rows<C>(p); });
 }

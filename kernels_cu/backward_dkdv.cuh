@@ -45,6 +45,7 @@ template <class C> struct KeyLayout {
 // the fresh_* and opaque() calls.
 template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using Element = typename C::Element;
+    using Mask = typename C::Mask;
     using Score = typename C::Score;
     using Layout = KeyLayout<C>;
     using Dq = QueryAccumulator<C>;
@@ -60,7 +61,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
 
     const BackwardParams& p;
     const Layout layout;
-    const typename C::Mask mask;
+    Mask mask;  // of the query head at hand
     int first_key;
     bool repair_k;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
     i64 q_at, dout_at, rows_at;  // offsets of the group's first head in Q, dO and the statistics
@@ -68,16 +69,30 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     Accumulator<M16, WANT_DV ? C::HEAD_DIM_V / 8 : 1> dv;
 
     DEV_METHOD KeyBlock(const BackwardParams& params, u32 smem)
-        : p(params), layout(smem), mask(params.shape) {
+        : p(params), layout(smem), mask(mask_of(0)) {
         const Work work = key_work();
         const int head = work.head * p.shape.group;
         first_key = work.tile * C::BLOCK_K;
         q_at = head_offset(work, p.q_strides, head);
         dout_at = head_offset(work, p.dout_strides, head);
-        rows_at = ((i64)work.batch * p.shape.heads + head) * p.shape.len_q;
+        rows_at = statistics_row<C>(p, work, head);
     }
 
-    DEV_METHOD Work key_work() const { return decode(p.schedule, p.shape, p.shape.heads_kv); }
+    DEV_METHOD Work key_work() const { return decode<C>(p, p.shape.heads_kv); }
+    DEV_METHOD Mask mask_of(int head) const {
+        const Work work = key_work();
+        return Mask(p, work, work.head * p.shape.group + head);
+    }
+    DEV_METHOD Score score_of(int head) const {
+        const Work work = key_work();
+        return make_score<C>(p, work, work.head * p.shape.group + head);
+    }
+    DEV_METHOD static Range rows_of_tile(int tile) {
+        return {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
+    }
+    DEV_METHOD bool isolates(int tile) const {
+        return mask.isolates(rows_of_tile(tile), keys(), tile);
+    }
     DEV_METHOD Range keys() const { return {first_key, first_key + C::BLOCK_K}; }
     // First key of this warp inside the tile.
     DEV_METHOD static int warp_key() { return fresh_thread_id() / 32 * (16 * M16); }
@@ -97,15 +112,33 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                 (p.shape.flags & flag) && columns % 8 == 0};
     }
 
+    // A tile of rows of one of the group's query heads.
+    struct Place {
+        int head, tile;
+    };
+
+    // The first visible tile of query heads `head` and later; head == group when there is none.
+    DEV_METHOD Place first_visible(int head, Range tiles) const {
+        if constexpr (Mask::CONTIGUOUS) return {head, tiles.begin};
+        int tile = tiles.end;
+        for (; head < p.shape.group; ++head) {
+            tile = mask_of(head).next_tile(tiles.begin, tiles.end);
+            if (tile < tiles.end) break;
+        }
+        return {head, tile};
+    }
+
     // All rows of all query heads that see the tile.
     DEV_METHOD void walk() {
         const Range rows = mask.rows(keys());
         dk.zero();
         dv.zero();
         if (rows.empty()) return;
-        const int first = rows.begin / C::BLOCK_Q, end = (rows.end - 1) / C::BLOCK_Q + 1;
+        const Range tiles = {rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
+        const Place first = first_visible(0, tiles);
+        if (!Mask::CONTIGUOUS && first.head == p.shape.group) return;
         load_keys();
-        load_rows(0, first, 0);
+        load_rows(first, 0);
         if constexpr (ACCUMULATE_DQ) {
             cp_async_wait<0>();
             __syncthreads();
@@ -114,30 +147,34 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         int stage = 0;
         bool repaired = false;
 #pragma unroll 1
-        for (int head = 0; head < p.shape.group; ++head) {
-            const Score score =
-                make_score<C>(p, key_work(), key_work().head * p.shape.group + head);
+        for (int head = first.head; head < p.shape.group; ++head) {
+            const Score score = score_of(head);
+            if constexpr (!Mask::CONTIGUOUS) mask = mask_of(head);
+            int tile = mask.next_tile(tiles.begin, tiles.end);
 #pragma unroll 1
-            for (int tile = first; tile < end; ++tile) {
-                const bool wraps = tile + 1 == end, last = wraps && head + 1 == p.shape.group;
-                const int next_head = wraps ? head + 1 : head, next_tile = wraps ? first : tile + 1;
+            while (tile < tiles.end) {
+                const int after = mask.next_tile(tile + 1, tiles.end);
+                const bool wraps = after == tiles.end;
+                const Place next = wraps ? first_visible(head + 1, tiles) : Place{head, after};
+                const bool last = wraps && next.head == p.shape.group;
                 cp_async_wait<0>();
                 // After this barrier the tile is complete, and every warp is through with the tile
                 // before: its buffer is free.
                 __syncthreads();
-                if (C::STAGES == 2 && !last) load_rows(next_head, next_tile, stage ^ 1);
-                repaired |= step(score, head, tile * C::BLOCK_Q, stage);
+                if (C::STAGES == 2 && !last) load_rows(next, stage ^ 1);
+                repaired |= step(score, {head, tile}, stage);
                 if (C::STAGES == 1) {
                     __syncthreads();
-                    if (!last) load_rows(next_head, next_tile, 0);
+                    if (!last) load_rows(next, 0);
                 } else {
                     stage ^= 1;
                 }
+                tile = after;
             }
         }
-        if (repaired) add_back(first, end);
+        if (repaired) add_back(tiles);
         if constexpr (ACCUMULATE_DQ) {
-            if (repair_k) add_back_dq(first, end);
+            if (repair_k) add_back_dq(tiles);
             __syncthreads();  // every warp has read all of K, over which gradients are staged next
         }
     }
@@ -158,11 +195,11 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     }
 
     // Starts the copies of a tile of rows and of their statistics.
-    DEV_METHOD void load_rows(int head, int tile, int stage) {
-        const int row = tile * C::BLOCK_Q;
-        load_tile<TileQ>(q_gmem(head), layout.q(stage), row);
-        load_tile<TileDout>(dout_gmem(head), layout.dout(stage), row);
-        const i64 at = rows_at + (i64)head * p.shape.len_q + row;
+    DEV_METHOD void load_rows(Place place, int stage) {
+        const int row = place.tile * C::BLOCK_Q;
+        load_tile<TileQ>(q_gmem(place.head), layout.q(stage), row);
+        load_tile<TileDout>(dout_gmem(place.head), layout.dout(stage), row);
+        const i64 at = rows_at + place.head * statistics_stride<C>(p) + row;
 #pragma unroll
         for (int first = 0; first < 2 * C::BLOCK_Q; first += THREADS) {
             const int i = first + fresh_thread_id(), r = i % C::BLOCK_Q;
@@ -185,10 +222,11 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
 
     // dV += P^T dO and dK += dS^T Q over one tile of rows. True if a NaN or inf was left out:
     // add_back has to follow.
-    DEV_METHOD bool step(const Score& score, int head, int first_row, int stage) {
-        const Range rows = {first_row, first_row + C::BLOCK_Q};
-        const bool isolate = mask.isolates(rows, keys());
-        const bool cut = isolate || mask.cuts(rows, keys()) || rows.end > p.shape.len_q;
+    DEV_METHOD bool step(const Score& score, Place place, int stage) {
+        const int first_row = place.tile * C::BLOCK_Q;
+        const bool isolate = isolates(place.tile);
+        const bool cut = isolate || mask.cuts(rows_of_tile(place.tile), keys(), place.tile) ||
+                         first_row + C::BLOCK_Q > p.shape.len_q;
         bool repaired = false;
 #pragma unroll 1
         for (int column = 0; column < C::BLOCK_Q; column += CHUNK) {
@@ -202,7 +240,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                     ds, row_address<TileV>(layout.v, warp_key()),
                     row_address<TileDout>(layout.dout(stage), column));
             }
-            score_gradients(score, s, ds, first_row, column, stage);
+            score_gradients(score, s, ds, place, column, stage);
             if (cut) hide(s, ds, first_row + column);
             if (isolate) {
                 // Scores come from Q and dO as they are, so every warp must have its own before the
@@ -222,7 +260,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             if constexpr (WANT_DK)
                 multiply<Element, TileQ>(dk, ds, row_address<TileQ>(layout.q(stage), column));
         }
-        if constexpr (ACCUMULATE_DQ) add_dq(head, first_row, isolate && repair_k);
+        if constexpr (ACCUMULATE_DQ) add_dq(place.head, first_row, isolate && repair_k);
         return repaired;
     }
 
@@ -238,15 +276,24 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                                      first_key);  // the next scores need K as it is
     }
 
-    DEV_METHOD void add_back_dq(int first, int end) {
+    DEV_METHOD void add_back_dq(Range tiles) {
+        repairs(tiles, [&](Place place) {
+            const int first_row = place.tile * C::BLOCK_Q;
+            Dq::add_back(accum(place.head, first_row), k_gmem(), mask,
+                         Range{first_row, min(first_row + C::BLOCK_Q, p.shape.len_q)}, keys());
+        });
+    }
+
+    // act(place) for every tile that the main loop repaired.
+    template <class Act> DEV_METHOD void repairs(Range tiles, Act act) {
 #pragma unroll 1
-        for (int head = 0; head < p.shape.group; ++head)
+        for (int head = 0; head < p.shape.group; ++head) {
+            if constexpr (!Mask::CONTIGUOUS) mask = mask_of(head);
 #pragma unroll 1
-            for (int tile = first; tile < end; ++tile) {
-                const Range rows = {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
-                if (mask.isolates(rows, keys()))
-                    Dq::add_back(accum(head, rows.begin), k_gmem(), mask, rows, keys());
-            }
+            for (int tile = mask.next_tile(tiles.begin, tiles.end); tile < tiles.end;
+                 tile = mask.next_tile(tile + 1, tiles.end))
+                if (isolates(tile)) act(Place{head, tile});
+        }
     }
 
     // Row `row` of the group's query head `head` in the workspace.
@@ -257,30 +304,29 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     // What repairs took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that
     // the row sees. Walks the tiles that are repaired (the others met their NaN and inf in the
     // products); after the main loop, where registers are free.
-    DEV_METHOD void add_back(int first, int end) {
+    DEV_METHOD void add_back(Range tiles) {
         const auto sees = [&](int j, int i) { return mask.keep(i, j); };
-#pragma unroll 1
-        for (int head = 0; head < p.shape.group; ++head)
-#pragma unroll 1
-            for (int tile = first; tile < end; ++tile) {
-                const Range rows = {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
-                if (!mask.isolates(rows, keys())) continue;
-                if constexpr (WANT_DV)
-                    add_non_finite<Element>(dv, dout_gmem(head), rows, first_key + warp_key(),
-                                            sees);
-                if constexpr (WANT_DK)
-                    add_non_finite<Element>(dk, q_gmem(head), rows, first_key + warp_key(), sees);
-            }
+        repairs(tiles, [&](Place place) {
+            const Range rows = rows_of_tile(place.tile);
+            if constexpr (WANT_DV)
+                add_non_finite<Element>(dv, dout_gmem(place.head), rows, first_key + warp_key(),
+                                        sees);
+            if constexpr (WANT_DK)
+                add_non_finite<Element>(dk, q_gmem(place.head), rows, first_key + warp_key(), sees);
+        });
     }
 
-    // s: in raw products, out P. ds: in dP, out dS. Keys along the accumulator's rows, queries
-    // along its columns.
+    // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the
+    // accumulator's rows, queries along its columns.
     template <int N8> DEV_METHOD void score_gradients(const Score& score, Accumulator<M16, N8>& s,
-                                                      Accumulator<M16, N8>& ds, int first_row,
+                                                      Accumulator<M16, N8>& ds, Place place,
                                                       int column, int stage) {
-        const int lane = fresh_thread_id() % 32, i_0 = first_row + column + lane % 4 * 2,
-                  j_0 = first_key + warp_key() + lane / 4;
+        const int lane = fresh_thread_id() % 32, first_row = place.tile * C::BLOCK_Q + column;
+        const int i_0 = first_row + lane % 4 * 2, j_0 = first_key + warp_key() + lane / 4;
         const u32 statistics = layout.lse_log2(stage) + 4 * (column + lane % 4 * 2);
+        const dropout::KeepBits<C::DROPOUT, M16, N8, true> keep(
+            p, key_work(), key_work().head * p.shape.group + place.head, first_row,
+            first_key + warp_key());
 #pragma unroll
         for (int n = 0; n < N8; ++n) {
             const float2 lse_log2 = ld_shared_f32x2(statistics + 32 * n);
@@ -293,10 +339,12 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                     const Logit logit =
                         score.at(s.x[m][n][e], i_0 + 8 * n + e % 2, j_0 + 16 * m + e / 2 * 8);
                     const float weight = probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
-                    s.x[m][n][e] = weight;
+                    s.x[m][n][e] = keep.kept(m, n, e) ? weight : 0.f;
                     if (WANT_DK)
-                        ds.x[m][n][e] = weight * (ds.x[m][n][e] - (e % 2 ? delta.y : delta.x)) *
-                                        logit.derivative;
+                        ds.x[m][n][e] =
+                            weight *
+                            (keep.weighted(ds.x[m][n][e], m, n, e) - (e % 2 ? delta.y : delta.x)) *
+                            logit.derivative;
                 }
         }
     }
@@ -326,7 +374,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             if (p.dv != nullptr)
                 store_gradient<C, TileV>(head_rows(p.dv, p.dv_strides, work, work.head, shape.len_k,
                                                    shape.head_dim_v, shape.flags & FLAG_DV_VECTOR),
-                                         layout.v, warp_key(), first_key, dv, 1.f);
+                                         layout.v, warp_key(), first_key, dv,
+                                         C::DROPOUT ? p.values.dropout.factor : 1.f);
         if constexpr (WANT_DK)
             if (p.dk != nullptr)
                 store_gradient<C, TileK>(head_rows(p.dk, p.dk_strides, work, work.head, shape.len_k,
@@ -335,27 +384,33 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     }
 };
 
-}  // namespace backward
-
-template <class C> __device__ void backward_dkdv(const BackwardParams& p) {
-    extern __shared__ __align__(128) u8 shared_memory[];
+template <class C> DEV void key_tile(const BackwardParams& p, u32 smem) {
     if constexpr (C::HEAD_DIM + C::HEAD_DIM_V <= 384) {
-        backward::KeyBlock<C, true, true> block(p, shared_address(shared_memory));
+        KeyBlock<C, true, true> block(p, smem);
         block.walk();
         block.finish();
     } else {
         // 2 x 128 accumulator registers leave none to work with: the scores are computed twice
         // instead.
         if (p.dv != nullptr) {
-            backward::KeyBlock<C, false, true> block(p, shared_address(shared_memory));
+            KeyBlock<C, false, true> block(p, smem);
             block.walk();
             block.finish();
             __syncthreads();
         }
         if (p.dk != nullptr || C::ACCUMULATE_DQ) {
-            backward::KeyBlock<C, true, false> block(p, shared_address(shared_memory));
+            KeyBlock<C, true, false> block(p, smem);
             block.walk();
             block.finish();
         }
     }
+}
+
+}  // namespace backward
+
+template <class C> __device__ void backward_dkdv(const BackwardParams& params) {
+    extern __shared__ __align__(128) u8 shared_memory[];
+    backward::with_sequence<C>(params, params.shape.heads_kv, [&](const BackwardParams& p) {
+        backward::key_tile<C>(p, shared_address(shared_memory));
+    });
 }

@@ -52,12 +52,12 @@ template <class C> struct QueryBlock {
     DEV_METHOD QueryBlock(const BackwardParams& params, u32 smem)
         : p(params),
           layout(smem),
-          mask(params.shape),
+          mask(params, query_work(), query_work().head),
           score(make_score<C>(params, query_work(), query_work().head)) {
         const Work work = query_work();
         first_row = work.tile * C::BLOCK_Q;
         dq.zero();
-        const i64 first = ((i64)work.batch * p.shape.heads + work.head) * p.shape.len_q;
+        const i64 first = statistics_row<C>(p, work, work.head);
         const int i_0 = first_row + warp_row() + lane_id() / 4;
 #pragma unroll
         for (int m = 0; m < M16; ++m)
@@ -70,8 +70,14 @@ template <class C> struct QueryBlock {
             }
     }
 
-    DEV_METHOD Work query_work() const { return decode(p.schedule, p.shape, p.shape.heads); }
+    DEV_METHOD Work query_work() const { return decode<C>(p, p.shape.heads); }
     DEV_METHOD Range rows() const { return {first_row, first_row + C::BLOCK_Q}; }
+    DEV_METHOD static Range keys_of_tile(int tile) {
+        return {tile * C::BLOCK_K, (tile + 1) * C::BLOCK_K};
+    }
+    DEV_METHOD bool isolates(int tile) const {
+        return mask.isolates(rows(), keys_of_tile(tile), tile);
+    }
     // First row of this warp inside the tile.
     DEV_METHOD static int warp_row() { return fresh_thread_id() / 32 * (16 * M16); }
 
@@ -96,26 +102,30 @@ template <class C> struct QueryBlock {
             load(v_loader, layout.v(stage), tile * C::BLOCK_K);
             cp_async_commit();
         };
-        const int first = keys.begin / C::BLOCK_K, end = (keys.end - 1) / C::BLOCK_K + 1;
+        const int end = (keys.end - 1) / C::BLOCK_K + 1;
+        const int first = mask.next_tile(keys.begin / C::BLOCK_K, end);
+        if (!C::Mask::CONTIGUOUS && first == end) return;
         load_rows(work);
         load_keys(first, 0);
         int stage = 0;
         bool repaired = false;
 #pragma unroll 1
-        for (int tile = first; tile < end; ++tile) {
-            const bool last = tile + 1 == end;
+        for (int tile = first; tile < end;) {
+            const int next = mask.next_tile(tile + 1, end);
+            const bool last = next == end;
             cp_async_wait<0>();
             // After this barrier the tile is complete, and every warp is through with the tile
             // before: its buffer is free.
             __syncthreads();
-            if (C::STAGES == 2 && !last) load_keys(tile + 1, stage ^ 1);
-            repaired |= step(tile * C::BLOCK_K, layout.k(stage), layout.v(stage));
+            if (C::STAGES == 2 && !last) load_keys(next, stage ^ 1);
+            repaired |= step(tile, layout.k(stage), layout.v(stage));
             if (C::STAGES == 1) {
                 __syncthreads();
-                if (!last) load_keys(tile + 1, 0);
+                if (!last) load_keys(next, 0);
             } else {
                 stage ^= 1;
             }
+            tile = next;
         }
         if (repaired) add_back(first, end);
     }
@@ -133,11 +143,11 @@ template <class C> struct QueryBlock {
     }
 
     // dQ += dS K over one tile of keys. True if a NaN or inf was left out: add_back has to follow.
-    DEV_METHOD bool step(int first_key, u32 k_smem, u32 v_smem) {
-        const Range keys = {first_key, first_key + C::BLOCK_K};
-        const bool isolate = mask.isolates(rows(), keys);
-        const bool cut =
-            isolate || mask.cuts(rows(), keys) || first_row + C::BLOCK_Q > p.shape.len_q;
+    DEV_METHOD bool step(int tile, u32 k_smem, u32 v_smem) {
+        const int first_key = tile * C::BLOCK_K;
+        const bool isolate = isolates(tile);
+        const bool cut = isolate || mask.cuts(rows(), keys_of_tile(tile), tile) ||
+                         first_row + C::BLOCK_Q > p.shape.len_q;
         bool repaired = false;
 #pragma unroll 1
         for (int column = 0; column < C::BLOCK_K; column += CHUNK) {
@@ -168,11 +178,10 @@ template <class C> struct QueryBlock {
     DEV_METHOD void add_back(int first, int end) {
         const auto sees = [&](int i, int j) { return mask.keep(i, j); };
 #pragma unroll 1
-        for (int tile = first; tile < end; ++tile) {
-            const Range keys = {tile * C::BLOCK_K, (tile + 1) * C::BLOCK_K};
-            if (mask.isolates(rows(), keys))
-                add_non_finite<Element>(dq, k_gmem(), keys, first_row + warp_row(), sees);
-        }
+        for (int tile = first; tile < end; tile = mask.next_tile(tile + 1, end))
+            if (isolates(tile))
+                add_non_finite<Element>(dq, k_gmem(), keys_of_tile(tile), first_row + warp_row(),
+                                        sees);
     }
 
     // ds: in dP, out the gradient of the logit. s: in raw products, out d(logit) / d(scale * q.k).
@@ -180,6 +189,8 @@ template <class C> struct QueryBlock {
                                                       Accumulator<M16, N8>& ds, int first_key) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,
                   j_0 = first_key + lane % 4 * 2;
+        const dropout::KeepBits<C::DROPOUT, M16, N8, false> keep(p, query_work(), query_work().head,
+                                                                 first_row + warp_row(), first_key);
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -189,7 +200,7 @@ template <class C> struct QueryBlock {
                     const Logit logit =
                         score.at(s.x[m][n][e], i_0 + 16 * m + e / 2 * 8, j_0 + 8 * n + e % 2);
                     ds.x[m][n][e] = probability(logit.log2, lse_log2[m][e / 2]) *
-                                    (ds.x[m][n][e] - delta[m][e / 2]);
+                                    (keep.weighted(ds.x[m][n][e], m, n, e) - delta[m][e / 2]);
                     s.x[m][n][e] = logit.derivative;
                 }
     }
@@ -240,17 +251,18 @@ template <class C> struct QueryBlock {
         if constexpr (!Score::FOLDED)
             if (p.slope_partial != nullptr) {
                 const float sum = block_sum<C::WARPS>(slope_sum, layout.stages);
-                const i64 head = (i64)work.batch * shape.heads + work.head;
-                if (threadIdx.x == 0) p.slope_partial[head * p.schedule.tiles + work.tile] = sum;
+                if (threadIdx.x == 0) p.slope_partial[slope_place<C>(p)] = sum;
             }
     }
 };
 
 }  // namespace backward
 
-template <class C> __device__ void backward_dq(const BackwardParams& p) {
+template <class C> __device__ void backward_dq(const BackwardParams& params) {
     extern __shared__ __align__(128) u8 shared_memory[];
-    backward::QueryBlock<C> block(p, shared_address(shared_memory));
-    block.walk();
-    block.finish();
+    backward::with_sequence<C>(params, params.shape.heads, [&](const BackwardParams& p) {
+        backward::QueryBlock<C> block(p, shared_address(shared_memory));
+        block.walk();
+        block.finish();
+    });
 }

@@ -4,8 +4,7 @@
 // Grid: batch * heads * schedule.tiles blocks, schedule.tiles = ceil(len_q / BLOCK_Q).
 #pragma once
 
-#include "masks.cuh"
-#include "score.cuh"
+#include "backward_work.cuh"
 
 namespace backward {
 
@@ -42,9 +41,7 @@ DEV float reference_log2(float lse) {
     return size > 1024.f && size < positive_infinity() ? x - size * 0x1p-22f : x;
 }
 
-}  // namespace backward
-
-template <class C> __device__ void backward_prepare(const BackwardParams& p) {
+template <class C> DEV void prepare_rows(const BackwardParams& p) {
     // A power of two lanes per row, eight columns per lane: 16-byte loads, and the sum is a
     // butterfly inside the group.
     constexpr int LANES = C::HEAD_DIM_V <= 32    ? 4
@@ -55,10 +52,9 @@ template <class C> __device__ void backward_prepare(const BackwardParams& p) {
     static_assert(C::BLOCK_Q % ROWS_AT_ONCE == 0, "a block takes whole rounds of rows");
 
     const Shape& shape = p.shape;
-    const Work work = decode(p.schedule, shape, shape.heads);
+    const Work work = decode<C>(p, shape.heads);
     const int row_0 = work.tile * C::BLOCK_Q;
-    const i64 first = ((i64)work.batch * shape.heads + work.head) *
-                      shape.len_q;  // of this head in the workspaces
+    const i64 first = statistics_row<C>(p, work, work.head);  // of this head in the workspaces
     const u16* out_gmem = (const u16*)p.out + head_offset(work, p.out_strides, work.head);
     const u16* dout_gmem = (const u16*)p.dout + head_offset(work, p.dout_strides, work.head);
     const float* lse_gmem = p.lse + head_offset(work, p.lse_strides, work.head);
@@ -73,9 +69,8 @@ template <class C> __device__ void backward_prepare(const BackwardParams& p) {
         const bool valid = row < shape.len_q;
         float sum = 0.f;
         if (valid)
-            sum = backward::dot_8<C>(out_gmem + row * p.out_strides.row,
-                                     dout_gmem + row * p.dout_strides.row, 8 * lane_in_row,
-                                     shape.head_dim_v, vector);
+            sum = dot_8<C>(out_gmem + row * p.out_strides.row, dout_gmem + row * p.dout_strides.row,
+                           8 * lane_in_row, shape.head_dim_v, vector);
 #pragma unroll
         for (int step = LANES / 2; step > 0; step /= 2)
             sum += __shfl_xor_sync(FULL_WARP, sum, step);
@@ -83,9 +78,11 @@ template <class C> __device__ void backward_prepare(const BackwardParams& p) {
             const float lse = lse_gmem[row * p.lse_strides.row];
             // A row that sees no key has lse = -inf; +inf makes exp2(s - lse) = 0 for whatever s.
             p.lse_log2[first + row] =
-                lse == neg_infinity() ? positive_infinity() : backward::reference_log2(lse);
-            p.delta[first + row] =
-                dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
+                lse == neg_infinity() ? positive_infinity() : reference_log2(lse);
+            float delta = dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
+            if constexpr (C::PACKED)
+                if (packed::is_bad(p.options)) delta = __int_as_float(0x7fffffff);
+            p.delta[first + row] = delta;
         }
     }
     if (p.dq_accum == nullptr) return;
@@ -93,4 +90,11 @@ template <class C> __device__ void backward_prepare(const BackwardParams& p) {
     float4* accum = (float4*)(p.dq_accum + (first + row_0) * C::HEAD_DIM);
     for (int i = threadIdx.x; i < rows * (C::HEAD_DIM / 4); i += C::WARPS * 32)
         accum[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+}  // namespace backward
+
+template <class C> __device__ void backward_prepare(const BackwardParams& params) {
+    backward::with_sequence<C>(params, params.shape.heads,
+                               [&](const BackwardParams& p) { backward::prepare_rows<C>(p); });
 }

@@ -1,12 +1,38 @@
 // Gradient of the ALiBi slopes: sums of the partials that backward_dq left per query tile, in a
 // fixed order.
 //
-// Grid: batch * heads blocks. Slopes broadcast over a batch axis have stride 0 there in
+// Grid: batch * heads blocks (packed: sequences * heads) of one warp. Slopes broadcast over a batch axis have stride 0 there in
 // dslope_strides: the block at index 0 of those axes sums over all of them, the others leave.
+// p.schedule and, packed, the work table are those of backward_dq.
 #pragma once
 
-#include "masks.cuh"
-#include "score.cuh"
+#include "backward_work.cuh"
+
+namespace backward {
+
+// The share of one thread in the sum over tiles [begin, end) of a row of partials.
+template <int THREADS> DEV float sum_of_partials(const float* partial, int begin, int end) {
+    float sum = 0.f;
+    for (int tile = begin + threadIdx.x; tile < end; tile += THREADS) sum += partial[tile];
+    return sum;
+}
+
+// First entry of the work table that belongs to this sequence or a later one, or to none (-1, which as
+// unsigned comes last).
+DEV int first_entry(const BackwardParams& p, unsigned sequence) {
+    const int2* work = p.options.work + p.values.packed.work_offset;
+    int low = 0, high = p.schedule.tiles;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if ((unsigned)work[middle].x < sequence)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+}  // namespace backward
 
 template <class C> __device__ void backward_slopes(const BackwardParams& p) {
     using Element = typename C::Element;
@@ -42,8 +68,13 @@ template <class C> __device__ void backward_slopes(const BackwardParams& p) {
             }
             step *= extent;
         }
-        const float* partial = p.slope_partial + ((i64)b * shape.heads + h) * tiles;
-        for (int tile = threadIdx.x; tile < tiles; tile += THREADS) sum += partial[tile];
+        if constexpr (C::PACKED)
+            sum += backward::sum_of_partials<THREADS>(p.slope_partial + (i64)h * tiles,
+                                                      backward::first_entry(p, b),
+                                                      backward::first_entry(p, b + 1));
+        else
+            sum += backward::sum_of_partials<THREADS>(
+                p.slope_partial + ((i64)b * shape.heads + h) * tiles, 0, tiles);
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);

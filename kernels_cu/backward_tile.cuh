@@ -11,6 +11,8 @@
 // query (lse, delta) lie along columns in dkdv and are read from shared memory.
 #pragma once
 
+#include "backward_work.cuh"
+#include "dropout_transposed.cuh"
 #include "finite.cuh"
 #include "masks.cuh"
 #include "score.cuh"

@@ -1,0 +1,283 @@
+// A walk over pairs of query and key for gradients of what stands between the scores and the softmax: a
+// bias, the parameters of a score expression. Every block owns some elements of the sum (of a bias: one
+// of its tiles) and visits, in a fixed order, the tiles of pairs that add to them; what is summed, and
+// where it goes, is the Consumer's matter. No atomics on floats: the same bits in every run.
+//
+// The axes of the score matrix (batch axes, query heads, tiles of rows, tiles of keys) are either the
+// block's own or summed over (p.dbias_values.reduced). Block id = ((split, own batch index), own head, own
+// row tile, own key tile), the last one fastest; split s of n visits the pairs [s R / n, (s + 1) R / n)
+// of the R tiles along summed axes.
+//
+// Grid: splits * (product of own extents, tiles_q = ceil(len_q / BLOCK_Q) and tiles_k =
+// ceil(len_k / BLOCK_K) among them; packed: of the longest). Block: WARPS * 32 threads, BLOCK_Q = 16 *
+// WARPS. Shared memory: 2 * (BLOCK_Q + BLOCK_K) * (HEAD_DIM + HEAD_DIM_V) bytes.
+#pragma once
+
+#include "backward_tile.cuh"
+
+namespace backward {
+
+// Shared memory: one tile of each operand.
+template <class C> struct PairLayout {
+    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM>;
+    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V>;
+    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
+    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V>;
+    static constexpr int DOUT = TileQ::BYTES, K = DOUT + TileDout::BYTES, V = K + TileK::BYTES;
+    static constexpr int BYTES = V + TileV::BYTES;
+    static_assert(BYTES == C::SHARED_BYTES,
+                  "_tuning.backward_shared_bytes disagrees with the layout");
+
+    u32 q;
+    DEV_METHOD explicit PairLayout(u32 base) : q(base) {}
+    DEV_METHOD u32 dout() const { return q + DOUT; }
+    DEV_METHOD u32 k() const { return q + K; }
+    DEV_METHOD u32 v() const { return q + V; }
+};
+
+// One tile of pairs of one query head.
+struct PairPlace {
+    int tile_q, tile_k, head, batch;
+};
+
+// Which tiles a block visits, in which order: an odometer over the summed axes, tiles of keys fastest, so
+// that one tile of queries meets many.
+struct PairOrder {
+    const BiasGradient& values;
+    const Shape& shape;
+    PairPlace place;
+    i64 left;  // tiles not yet visited, this one included
+
+    DEV_METHOD PairOrder(const BackwardParams& p)
+        : values(p.dbias_values), shape(p.shape), place{0, 0, 0, 0} {
+        const unsigned blocks = gridDim.x / values.splits, split = fresh_block_id() / blocks;
+        u64 own = fresh_block_id() % blocks, total = 1;
+        each_axis([&](int& index, int extent, int step, bool summed) {
+            if (summed) {
+                total *= extent;
+            } else {
+                index += (int)(own % extent) * step;
+                own /= extent;
+            }
+        });
+        u64 first = total * split / values.splits;
+        left = total * (split + 1) / values.splits - first;
+        each_axis([&](int& index, int extent, int step, bool summed) {
+            if (!summed) return;
+            index += (int)(first % extent) * step;
+            first /= extent;
+        });
+    }
+
+    DEV_METHOD void advance() {
+        --left;
+        bool carry = true;
+        each_axis([&](int& index, int extent, int step, bool summed) {
+            if (!summed || !carry) return;
+            index += step;
+            carry = index / step % extent == 0;
+            if (carry) index -= extent * step;
+        });
+    }
+
+  private:
+    // axis(index, extent, step, summed) for every axis, fastest first; `step` is what one more of it
+    // adds to its index (batch axes share one).
+    template <class Axis> DEV_METHOD void each_axis(Axis axis) {
+        axis(place.tile_k, values.tiles_k, 1, values.reduced & REDUCED_KEY);
+        axis(place.tile_q, values.tiles_q, 1, values.reduced & REDUCED_ROW);
+        axis(place.head, shape.heads, 1, values.reduced & REDUCED_HEAD);
+        int step = 1;
+#pragma unroll
+        for (int n = MAX_BATCH_AXES - 1; n >= 0; --n) {
+            axis(place.batch, shape.batch_extent[n], step, values.reduced >> n & 1);
+            step *= shape.batch_extent[n];
+        }
+    }
+};
+
+// The loop of one block. Consumer:
+//   Consumer(p)
+//   add(p, work, first_row, first_key, s, ds)   s: raw products q.k, ds: gradients of the logits, 0 where
+//                                               a pair is hidden; accumulator of 16 rows, 8 N8 keys, of
+//                                               which the first is (first_row, first_key) for this warp
+//   finish(p, work, place, smem)                after the last tile; smem is free
+template <class C, class Consumer> struct PairBlock {
+    using Element = typename C::Element;
+    using Mask = typename C::Mask;
+    using Layout = PairLayout<C>;
+    using TileQ = typename Layout::TileQ;
+    using TileDout = typename Layout::TileDout;
+    using TileK = typename Layout::TileK;
+    using TileV = typename Layout::TileV;
+    static constexpr int THREADS = C::WARPS * 32, N8 = C::BLOCK_K / 8;
+    static_assert(C::BLOCK_Q == 16 * C::WARPS, "a warp owns 16 rows");
+
+    const BackwardParams& call;
+    const Layout layout;
+    PairOrder order;
+    Consumer consumer;
+    float lse_log2[2], delta[2];
+
+    DEV_METHOD PairBlock(const BackwardParams& params, u32 smem)
+        : call(params), layout(smem), order(params), consumer(params) {}
+
+    DEV_METHOD void walk() {
+        PairPlace rows = {-1, -1, -1, -1}, keys = rows;  // whose tiles are in shared memory
+#pragma unroll 1
+        for (; order.left > 0; order.advance()) {
+            const PairPlace place = order.place;
+            const Work work = work_at(place);
+            of_batch(work, [&](const BackwardParams& p) {
+                const Mask mask(p, work, place.head);
+                if (!visible(p, mask, place)) return;
+                __syncthreads();  // every warp is through with the tile before
+                if (rows.batch != place.batch || rows.head != place.head ||
+                    rows.tile_q != place.tile_q) {
+                    load_rows(p, work);
+                    rows = place;
+                }
+                const int kv_head = place.head / p.shape.group;
+                if (keys.batch != place.batch || keys.head != kv_head ||
+                    keys.tile_k != place.tile_k) {
+                    load_keys(p, work, kv_head, place.tile_k);
+                    keys = place;
+                    keys.head = kv_head;
+                }
+                cp_async_commit();
+                cp_async_wait<0>();
+                __syncthreads();
+                step(p, mask, work, place);
+            });
+        }
+        __syncthreads();
+        consumer.finish(call, work_at(order.place), order.place, layout.q);
+    }
+
+  private:
+    DEV_METHOD Work work_at(const PairPlace& place) const {
+        Work work;
+        work.tile = place.tile_q;
+        work.batch = place.batch;
+        work.head = place.head;
+        int rest = place.batch;
+#pragma unroll
+        for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
+            work.batch_index[axis] = rest % call.shape.batch_extent[axis];
+            rest /= call.shape.batch_extent[axis];
+        }
+        return work;
+    }
+    // run(p) with the params of the call, or of the sequence.
+    template <class Run> DEV_METHOD void of_batch(const Work& work, Run run) const {
+        if constexpr (C::PACKED) {
+            BackwardParams p = call;
+            packed::enter<C>(p, work);
+            run(p);
+        } else {
+            run(call);
+        }
+    }
+    DEV_METHOD static Range rows_of(const PairPlace& place) {
+        return {place.tile_q * C::BLOCK_Q, (place.tile_q + 1) * C::BLOCK_Q};
+    }
+    DEV_METHOD static Range keys_of(const PairPlace& place) {
+        return {place.tile_k * C::BLOCK_K, (place.tile_k + 1) * C::BLOCK_K};
+    }
+    DEV_METHOD static int warp_row() { return fresh_thread_id() / 32 * 16; }
+
+    DEV_METHOD static bool visible(const BackwardParams& p, const Mask& mask,
+                                   const PairPlace& place) {
+        const Range rows = rows_of(place), keys = keys_of(place);
+        if (rows.begin >= p.shape.len_q || keys.begin >= p.shape.len_k) return false;
+        const Range seen = mask.keys(rows);
+        if (seen.end <= keys.begin || seen.begin >= keys.end) return false;
+        return mask.next_tile(place.tile_k, place.tile_k + 1) == place.tile_k;
+    }
+
+    DEV_METHOD void load_rows(const BackwardParams& p, const Work& work) {
+        const Shape& shape = p.shape;
+        const int first_row = work.tile * C::BLOCK_Q;
+        load_tile<TileQ>(head_rows(p.q, p.q_strides, work, work.head, shape.len_q, shape.head_dim,
+                                   shape.flags & FLAG_Q_VECTOR),
+                         layout.q, first_row);
+        load_tile<TileDout>(head_rows(p.dout, p.dout_strides, work, work.head, shape.len_q,
+                                      shape.head_dim_v, shape.flags & FLAG_DOUT_VECTOR),
+                            layout.dout(), first_row);
+        const i64 first = statistics_row<C>(p, work, work.head);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = first_row + warp_row() + lane_id() / 4 + 8 * half;
+            // A row past the end has P = exp2(s - inf) = 0.
+            lse_log2[half] = i < shape.len_q ? p.lse_log2[first + i] : positive_infinity();
+            delta[half] = i < shape.len_q ? p.delta[first + i] : 0.f;
+        }
+    }
+    DEV_METHOD void load_keys(const BackwardParams& p, const Work& work, int head, int tile) {
+        const Shape& shape = p.shape;
+        load_tile<TileK>(head_rows(p.k, p.k_strides, work, head, shape.len_k, shape.head_dim,
+                                   shape.flags & FLAG_K_VECTOR),
+                         layout.k(), tile * C::BLOCK_K);
+        load_tile<TileV>(head_rows(p.v, p.v_strides, work, head, shape.len_k, shape.head_dim_v,
+                                   shape.flags & FLAG_V_VECTOR),
+                         layout.v(), tile * C::BLOCK_K);
+    }
+    template <class Tile>
+    DEV_METHOD static void load_tile(const GlobalRows& gmem, u32 smem, int first_row) {
+        TileLoader<Tile, THREADS, C::VECTOR_ONLY> loader(gmem);
+        load(loader, smem, first_row);
+    }
+
+    DEV_METHOD void step(const BackwardParams& p, const Mask& mask, const Work& work,
+                         const PairPlace& place) {
+        Accumulator<1, N8> s, ds;
+        s.zero();
+        ds.zero();
+        multiply_transposed<Element, TileQ, TileK>(s, row_address<TileQ>(layout.q, warp_row()),
+                                                   layout.k());
+        multiply_transposed<Element, TileDout, TileV>(
+            ds, row_address<TileDout>(layout.dout(), warp_row()), layout.v());
+        const int first_row = rows_of(place).begin + warp_row(), first_key = keys_of(place).begin;
+        logit_gradients(p, work, first_row, first_key, s, ds);
+        if (mask.cuts(rows_of(place), keys_of(place), place.tile_k) ||
+            mask.isolates(rows_of(place), keys_of(place), place.tile_k) ||
+            rows_of(place).end > p.shape.len_q)
+            hide(mask, p.shape.len_q, first_row, first_key, ds);
+        consumer.add(p, work, first_row, first_key, s, ds);
+    }
+
+    // ds: in dP, out the gradient of the logit.
+    DEV_METHOD void logit_gradients(const BackwardParams& p, const Work& work, int first_row,
+                                    int first_key, const Accumulator<1, N8>& s,
+                                    Accumulator<1, N8>& ds) const {
+        const typename C::Score score = make_score<C>(p, work, work.head);
+        const dropout::KeepBits<C::DROPOUT, 1, N8, false> keep(p, work, work.head, first_row,
+                                                               first_key);
+        const int lane = fresh_thread_id() % 32, i_0 = first_row + lane / 4,
+                  j_0 = first_key + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < N8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const Logit logit = score.at(s.x[0][n][e], i_0 + e / 2 * 8, j_0 + 8 * n + e % 2);
+                ds.x[0][n][e] = probability(logit.log2, lse_log2[e / 2]) *
+                                (keep.weighted(ds.x[0][n][e], 0, n, e) - delta[e / 2]);
+            }
+    }
+
+    // Nothing is multiplied: what is hidden may be NaN.
+    DEV_METHOD static void hide(const Mask& mask, int len_q, int first_row, int first_key,
+                                Accumulator<1, N8>& ds) {
+        const int lane = fresh_thread_id() % 32, i_0 = first_row + lane / 4,
+                  j_0 = first_key + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < N8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int i = i_0 + e / 2 * 8;
+                if (!mask.keep(i, j_0 + 8 * n + e % 2) || i >= len_q) ds.x[0][n][e] = 0.f;
+            }
+    }
+};
+
+}  // namespace backward

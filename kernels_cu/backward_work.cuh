@@ -1,0 +1,39 @@
+// Which rows a block of a backward kernel works on, and where their workspaces lie; for packed sequences
+// too, each of which every kernel treats as a call of its own.
+#pragma once
+
+#include "masks.cuh"
+#include "score.cuh"
+
+namespace backward {
+
+// Calls run(p) with the params of this block's call or packed sequence; not at all where the table of
+// packed work holds none for it.
+template <class C, class Run>
+DEV void with_sequence(const BackwardParams& params, int heads, Run run) {
+    if constexpr (C::PACKED) {
+        const Work work = decode<C>(params, heads);
+        if (work.batch < 0) return;
+        BackwardParams p = params;
+        packed::enter<C>(p, work);
+        run(p);
+    } else {
+        run(params);
+    }
+}
+
+// Where this block's share of a slope's gradient lies: [heads, tiles] of the batch element or, packed, of
+// the work table.
+template <class C> DEV i64 slope_place(const BackwardParams& p) {
+    const Work work = C::PACKED ? decode_flat(p.schedule, 1, p.shape.heads)
+                                : decode(p.schedule, p.shape, p.shape.heads);
+    return ((i64)work.batch * p.shape.heads + work.head) * p.schedule.tiles + work.tile;
+}
+
+// From a head's first row in the statistics and in dq_accum to the next head's.
+template <class C> DEV i64 statistics_stride(const BackwardParams& p) {
+    if constexpr (C::PACKED) return p.values.packed.total_q;
+    return p.shape.len_q;
+}
+
+}  // namespace backward
