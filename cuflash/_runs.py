@@ -50,7 +50,8 @@ class CpuForward:
         options = cpu_options(self.problem, arrays[_FORWARD], extra)
         out = view.standard(arrays[8])
         if self.problem.packed is not None:
-            out, lse = _cpu.varlen_forward(q, k, v, *arrays[9:11], options, out=out)
+            cu_q, cu_k = arrays[9:11]
+            out, lse = _cpu.varlen_forward(q, k, v, cu_q, cu_k, options, out=out)
         else:
             out, lse = _cpu.forward(q, k, v, options, out=out)
         return view.restore(out), view.restore_rows(lse)
@@ -72,7 +73,8 @@ class CpuBackward:
         given = (dout, q, k, v, out, lse)
         wanted: dict[str, Any] = {"dlse": dlse, "wrt": problem.wrt, "grads_out": buffers}
         if problem.packed is not None:
-            grads = _cpu.varlen_backward(*given, *arrays[16:18], options, **wanted)
+            cu_q, cu_k = arrays[16:18]
+            grads = _cpu.varlen_backward(*given, cu_q, cu_k, options, **wanted)
         else:
             grads = _cpu.backward(*given, options, **wanted)
         if "bias" in buffers:
