@@ -168,6 +168,8 @@ template <int M16, int N8> struct ScoreMap {
     Accumulator<M16, N8>& s;
     int first_row, first_key;
 
+    // Do all keys of the tile exist?
+    DEV_METHOD bool inside(int last_key) const { return first_key + N8 * 8 - 1 <= last_key; }
     // Makes every x of them f(x, row, key).
     template <class Function> DEV_METHOD void operator()(Function f) const {
         const unsigned thread = fresh_thread_id(), lane = thread % 32;
@@ -181,24 +183,48 @@ template <int M16, int N8> struct ScoreMap {
                     s.x[m][n][e] = f(s.x[m][n][e], row + m * 16 + e / 2 * 8,
                                      first_key + n * 8 + (int)(lane % 4) * 2 + e % 2);
     }
-    // Makes those -inf that a mask's source hides.
-    template <class Source> DEV_METHOD void hide_patches(const Source& source) const {
+    // f(x, y, row, key) for neighbours x and y of a row, to be changed; key is that of x, and even.
+    template <class Function> DEV_METHOD void pairs(Function f) const {
         const unsigned thread = fresh_thread_id(), lane = thread % 32;
-        const int row = opaque(first_row + thread / 32 * (16 * M16)), column = lane % 4 * 2;
+        const int row = opaque(first_row + thread / 32 * (16 * M16) + lane / 4);
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
-            for (int n = 0; n < N8; n += 2) {
-                const auto patch = source.patch(row + m * 16, first_key + n * 8);
+            for (int half = 0; half < 2; ++half)
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const u32 bits = patch.bits(half * 8 + lane / 4, column) >> column;
+                for (int n = 0; n < N8; ++n)
+                    f(s.x[m][n][2 * half], s.x[m][n][2 * half + 1], row + m * 16 + half * 8,
+                      first_key + n * 8 + (int)(lane % 4) * 2);
+    }
+    // Makes those -inf that a mask's source hides. Each of the four lanes of a row asks for a
+    // quarter of the row's bits, and tells the others.
+    template <class Source> DEV_METHOD void hide_by(const Source& source) const {
+        constexpr int QUARTER = N8 * 2, WORDS = (N8 * 8 + 31) / 32;
+        static_assert(QUARTER <= 16, "a quarter of a row is one word of bits");
+        const unsigned thread = fresh_thread_id(), lane = thread % 32;
+        const int row = opaque(first_row + thread / 32 * (16 * M16) + lane / 4);
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        float& x = s.x[m][n + e / 2][2 * half + e % 2];
-                        x = bits >> (e / 2 * 8 + e % 2) & 1u ? x : neg_infinity();
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32 mine = source.template bits<QUARTER>(row + m * 16 + half * 8,
+                                                         first_key + lane % 4 * QUARTER)
+                           << (lane % 4 * QUARTER % 32);
+                mine |= __shfl_xor_sync(FULL_WARP, mine, 1);
+                const u32 other = __shfl_xor_sync(FULL_WARP, mine, 2);
+                u32 word[WORDS];
+                if constexpr (WORDS == 1)
+                    word[0] = mine | other;
+                else
+                    word[0] = lane & 2 ? other : mine, word[1] = lane & 2 ? mine : other;
+#pragma unroll
+                for (int n = 0; n < N8; ++n)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const u32 bits = word[n / 4] >> (lane % 4 * 2);
+                        float& x = s.x[m][n][2 * half + e];
+                        x = bits >> (n % 4 * 8 + e) & 1u ? x : neg_infinity();
                     }
-                }
             }
     }
 };

@@ -68,6 +68,88 @@ struct Band {
     }
 };
 
+// Source concept: the pairs that an array hides, of one query head. Nothing outside the array is
+// read, whatever row and key are.
+//   Source(p, work, head)
+//   bits<COUNT>(row, key)  bit n: may the row see key + n? Bits at COUNT and above are 0, those past
+//                          the array's ends anything. COUNT is 4, 8 or 16, key a multiple of it
+template <class Source> DEV bool keeps(const Source& source, int row, int key) {
+    return source.template bits<16>(row, key & ~15) >> (key & 15) & 1u;
+}
+
+// A byte per pair, not 0 where the row may see the key.
+struct Dense {
+    const u8* base;  // of the head
+    i64 row_step, key_step;
+    int last_row, last_key;
+    bool aligned;  // 16 neighbouring keys are one load
+
+    template <class Params> DEV_METHOD Dense(const Params& p, const Work& work, int head)
+        : base((const u8*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
+          row_step(p.values.mask.strides.row),
+          key_step(p.values.mask.strides.key),
+          last_row(p.shape.len_q - 1),
+          last_key(p.shape.len_k - 1),
+          aligned(key_step == 1 && ((u64)base | (u64)row_step) % 16 == 0) {}
+
+    template <int COUNT> DEV_METHOD u32 bits(int row, int key) const {
+        const u8* from = base + min(row, last_row) * row_step;
+        u32 found = 0u;
+        if (aligned && key + COUNT - 1 <= last_key) {
+            u32 words[COUNT / 4];
+            ld_global_words(words, from + key);
+#pragma unroll
+            for (int w = 0; w < COUNT / 4; ++w) found |= nonzero_bytes(words[w]) << (4 * w);
+        } else {
+#pragma unroll 1
+            for (int n = 0; n < COUNT; ++n)
+                found |= (u32)(from[min(key + n, last_key) * key_step] != 0) << n;
+        }
+        return found;
+    }
+
+  private:
+    // Bit n: is byte n not 0?
+    DEV u32 nonzero_bytes(u32 x) {
+        const u32 tops = ((((x & 0x7f7f7f7fu) + 0x7f7f7f7fu) | x) & 0x80808080u) >> 7;
+        return tops * 0x01020408u >> 24;  // bits 0, 8, 16, 24 side by side
+    }
+};
+
+// Blocks whose sides are multiples of 16: absent, full, or with a bit per pair.
+struct Blocks {
+    static constexpr int ABSENT = -1, FULL = -2;
+    const int* slots;  // of the head
+    const u32* partial;
+    i64 row_step, key_step;  // between slots
+    int block_q, block_k, bit_words;
+    int last_row, last_key;
+
+    template <class Params> DEV_METHOD Blocks(const Params& p, const Work& work, int head)
+        : slots((const int*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
+          partial(p.options.mask_bits),
+          row_step(p.values.mask.strides.row),
+          key_step(p.values.mask.strides.key),
+          block_q(p.values.mask.block_q),
+          block_k(p.values.mask.block_k),
+          bit_words(p.values.mask.bit_words),
+          last_row(p.shape.len_q - 1),
+          last_key(p.shape.len_k - 1) {}
+
+    // 16 keys that begin at a multiple of 16 lie in one block and in one word of its bits.
+    template <int COUNT> DEV_METHOD u32 bits(int row, int key) const {
+        constexpr u32 ALL = (1u << COUNT) - 1u;
+        row = min(row, last_row);
+        if (key > last_key) return 0u;
+        const int block_row = (u32)row / (u32)block_q, block_key = (u32)key / (u32)block_k;
+        const int slot = slots[block_row * row_step + block_key * key_step];
+        if (slot < 0) return slot == FULL ? ALL : 0u;
+        const int inside_q = row - block_row * block_q, inside_k = key - block_key * block_k;
+        const i64 at = ((i64)slot * block_q + inside_q) * bit_words + inside_k / 32;
+        return partial[at] >> (inside_k % 32) & ALL;
+    }
+};
+
 // The band and what a boolean array or a block mask says. Tiles come from a map made beforehand
 // (mask_tiles.cuh): one bit per tile in two planes, "has a visible pair" and "has no hidden pair".
 template <class Source> struct Mapped {
@@ -106,100 +188,11 @@ template <class Source> struct Mapped {
         return hides(tile) || band.cuts(rows, keys);
     }
     DEV_METHOD bool keep(int row, int key) const {
-        return band.keep(row, key) && source.keep(row, key);
+        return band.keep(row, key) && keeps(source, row, key);
     }
     template <class Map> DEV_METHOD void hide(Map map, Range rows, Range keys) const {
         if (band.cuts(rows, keys)) band.hide(map, rows, keys);
-        map.hide_patches(source);
-    }
-};
-
-// Source concept: the pairs that an array hides, of one query head. Nothing outside the array is
-// read, whatever row and key are.
-//   Source(p, work, head)
-//   keep(row, key)        the predicate; anything for rows and keys past the end
-//   patch(row, key)       of 16 x 16 pairs; row and key are multiples of 16
-//   patch.bits(r, c)      row r of the patch (0..15); bits c, c + 1, c + 8 and c + 9 of the result
-//                         are the pairs of these keys, the others are anything. c is even
-
-// A byte per pair, not 0 where the row may see the key.
-struct Dense {
-    const u8* base;  // of the head
-    i64 row_step, key_step;
-    int last_row, last_key;
-
-    template <class Params> DEV_METHOD Dense(const Params& p, const Work& work, int head)
-        : base((const u8*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
-          row_step(p.values.mask.strides.row),
-          key_step(p.values.mask.strides.key),
-          last_row(p.shape.len_q - 1),
-          last_key(p.shape.len_k - 1) {}
-
-    DEV_METHOD const u8* row(int i) const { return base + min(i, last_row) * row_step; }
-    DEV_METHOD bool at(const u8* row, int key) const {
-        return row[min(key, last_key) * key_step] != 0;
-    }
-    DEV_METHOD bool keep(int i, int key) const { return at(row(i), key); }
-
-    struct Patch {
-        const Dense& source;
-        int row, key;
-        DEV_METHOD u32 bits(int r, int c) const {
-            const u8* from = source.row(row + r);
-            u32 found = 0u;
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int column = c + e % 2 + e / 2 * 8;
-                found |= (u32)source.at(from, key + column) << column;
-            }
-            return found;
-        }
-    };
-    DEV_METHOD Patch patch(int row, int key) const { return {*this, row, key}; }
-};
-
-// Blocks whose sides are multiples of 16: absent, full, or with a bit per pair.
-struct Blocks {
-    static constexpr int ABSENT = -1, FULL = -2;
-    const int* slots;  // of the head
-    const u32* partial;
-    i64 row_step, key_step;  // between slots
-    int block_q, block_k, bit_words;
-    int last_row, last_key;
-
-    template <class Params> DEV_METHOD Blocks(const Params& p, const Work& work, int head)
-        : slots((const int*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
-          partial(p.options.mask_bits),
-          row_step(p.values.mask.strides.row),
-          key_step(p.values.mask.strides.key),
-          block_q(p.values.mask.block_q),
-          block_k(p.values.mask.block_k),
-          bit_words(p.values.mask.bit_words),
-          last_row(p.shape.len_q - 1),
-          last_key(p.shape.len_k - 1) {}
-
-    DEV_METHOD bool keep(int row, int key) const {
-        return patch(row & ~15, key & ~15).bits(row & 15, 0) >> (key & 15) & 1u;
-    }
-
-    struct Patch {
-        const u32* words;  // of the patch's first row; null: no bits are needed
-        int bit_words, shift;
-        u32 all;  // without bits: of every row
-        DEV_METHOD u32 bits(int r, int) const {
-            return words == nullptr ? all : words[r * bit_words] >> shift;
-        }
-    };
-    // A patch never straddles blocks, and its rows never straddle words.
-    DEV_METHOD Patch patch(int row, int key) const {
-        row = min(row, last_row & ~15);
-        key = min(key, last_key & ~15);
-        const int block_row = (u32)row / (u32)block_q, block_key = (u32)key / (u32)block_k;
-        const int slot = slots[block_row * row_step + block_key * key_step];
-        if (slot < 0) return {nullptr, 0, 0, slot == FULL ? 0xffffu : 0u};
-        const int inside_q = row - block_row * block_q, inside_k = key - block_key * block_k;
-        return {partial + ((i64)slot * block_q + inside_q) * bit_words + inside_k / 32, bit_words,
-                inside_k % 32, 0u};
+        map.hide_by(source);
     }
 };
 

@@ -53,6 +53,11 @@ DEV u16 ld_global_u16(const u16* gmem) {
     asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(global_address(gmem)) : "memory");
     return x;
 }
+DEV float ld_global_f32(const float* gmem) {
+    float x;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(global_address(gmem)) : "memory");
+    return x;
+}
 DEV uint4 ld_global_v4(const void* gmem) {
     uint4 x;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -60,6 +65,20 @@ DEV uint4 ld_global_v4(const void* gmem) {
                  : "l"(global_address(gmem))
                  : "memory");
     return x;
+}
+// 4, 8 or 16 bytes, aligned to their number.
+DEV void ld_global_words(u32 (&x)[1], const void* gmem) {
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(x[0]) : "l"(global_address(gmem)) : "memory");
+}
+DEV void ld_global_words(u32 (&x)[2], const void* gmem) {
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(x[0]), "=r"(x[1])
+                 : "l"(global_address(gmem))
+                 : "memory");
+}
+DEV void ld_global_words(u32 (&x)[4], const void* gmem) {
+    const uint4 found = ld_global_v4(gmem);
+    x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
 }
 DEV void st_global_u16(u16* gmem, u16 x) {
     asm volatile("st.global.u16 [%0], %1;" ::"l"(global_address(gmem)), "h"(x) : "memory");

@@ -71,29 +71,39 @@ struct Shaped {
     DEV_METHOD bool negative() const { return false; }
 
     DEV_METHOD Logit at(float s, int row, int key) const {
-        Logit logit = softcap > 0.f ? capped(s) : Logit{s * (scale * LOG2_E), 1.f};
+        Logit logit = scaled(s, LOG2_E);
         if (slope_log2 != 0.f) logit.log2 = biased(logit.log2, row, key);
         return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
-        if (softcap > 0.f)
-            map([&](float s, int, int) { return capped(s).log2; });
-        else
-            map([&](float s, int, int) { return s * (scale * LOG2_E); });
-        if (slope_log2 != 0.f) map([&](float s, int row, int key) { return biased(s, row, key); });
+        apply_scale(map, LOG2_E);
+        apply_alibi(map);
     }
     // d(logit) / d(slope)
     DEV_METHOD float alibi_distance(int row, int key) const {
         return -fabsf((float)(row + q_offset - key));
     }
 
-  private:
-    DEV_METHOD Logit capped(float s) const {
+    // ---- the steps, for scores that put others between them; `unit`: 1 for natural, LOG2_E for log2 units
+
+    DEV_METHOD Logit scaled(float s, float unit) const {
+        return softcap > 0.f ? capped(s, unit) : Logit{s * (scale * unit), 1.f};
+    }
+    DEV_METHOD Logit capped(float s, float unit) const {
         const float t = tanh_accurate(s * scale * inverse_softcap);
-        return {softcap * LOG2_E * t, 1.f - t * t};
+        return {softcap * unit * t, 1.f - t * t};
     }
     DEV_METHOD float biased(float log2, int row, int key) const {
         return fmaf(slope_log2, alibi_distance(row, key), log2);
+    }
+    template <class Map> DEV_METHOD void apply_scale(Map map, float unit) const {
+        if (softcap > 0.f)
+            map([&](float s, int, int) { return capped(s, unit).log2; });
+        else
+            map([&](float s, int, int) { return s * (scale * unit); });
+    }
+    template <class Map> DEV_METHOD void apply_alibi(Map map) const {
+        if (slope_log2 != 0.f) map([&](float s, int row, int key) { return biased(s, row, key); });
     }
 };
 
@@ -112,25 +122,20 @@ struct Unmodified {
     }
 };
 
-// Everything: Shaped, and between soft cap and ALiBi a score expression and a bias. In natural units
-// to the end.
+// Everything: Shaped, and between soft cap and ALiBi a score expression and a bias.
 template <class Element, bool HAS_BIAS, class Modifier> struct General {
     static constexpr bool FOLDED = false;
-    float scale, softcap, inverse_softcap, slope;
-    int q_offset, batch, head;
-    int last_row, last_key;  // a bias has no element past them; the pair's score is not used there
-    const u8* bias;          // of the head
-    i64 row_step, key_step;  // in bytes
-    bool bias_16bit;
+    Shaped shaped;
+    int batch, head;
+    int last_row, last_key;       // a bias has no element past them, where scores are not used
+    const u8* bias;               // of the head
+    i64 row_step, key_step;       // in bytes
+    bool bias_16bit, bias_pairs;  // bias_pairs: the biases of an even key and the next are one load
     Modifier modifier;
 
     template <class Params>
-    DEV_METHOD General(const Params& p, const Work& work, int head_, float slope_)
-        : scale(p.shape.scale),
-          softcap(p.shape.softcap),
-          inverse_softcap(p.shape.softcap > 0.f ? 1.f / p.shape.softcap : 0.f),
-          slope(slope_),
-          q_offset(p.shape.q_offset),
+    DEV_METHOD General(const Params& p, const Work& work, int head_, float slope)
+        : shaped(p, work, head_, slope),
           batch(work.batch),
           head(head_),
           last_row(p.shape.len_q - 1),
@@ -142,6 +147,7 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
             bias = (const u8*)p.options.bias + head_offset(work, p.values.bias, head) * bytes;
             row_step = p.values.bias.row * bytes;
             key_step = p.values.bias.key * bytes;
+            bias_pairs = key_step == bytes && ((u64)bias | (u64)row_step) % (2 * bytes) == 0;
         }
     }
 
@@ -149,62 +155,57 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     DEV_METHOD bool negative() const { return false; }
 
     DEV_METHOD Logit at(float s, int row, int key) const {
-        float x = s * scale, derivative = 1.f;
-        if (softcap > 0.f) {
-            const float t = tanh_accurate(x * inverse_softcap);
-            x = softcap * t;
-            derivative = 1.f - t * t;
-        }
+        Logit logit = shaped.scaled(s, UNIT);
         if constexpr (Modifier::CHANGES) {
-            const float2 changed = modifier.with_derivative(x, batch, head, row, key);
-            x = changed.x;
-            derivative *= changed.y;
+            const float2 changed = modifier.with_derivative(logit.log2, batch, head, row, key);
+            logit = {changed.x * LOG2_E, logit.derivative * changed.y};
         }
-        if constexpr (HAS_BIAS) x += bias_at(row, key);
-        if (slope != 0.f) x = fmaf(slope, alibi_distance(row, key), x);
-        return {x * LOG2_E, derivative};
+        if constexpr (HAS_BIAS) logit.log2 = with_bias(logit.log2, bias_at(row, key));
+        if (shaped.slope_log2 != 0.f) logit.log2 = shaped.biased(logit.log2, row, key);
+        return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
-        if (softcap > 0.f)
-            map([&](float s, int, int) {
-                return softcap * tanh_accurate(s * scale * inverse_softcap);
-            });
-        else
-            map([&](float s, int, int) { return s * scale; });
+        shaped.apply_scale(map, UNIT);
         if constexpr (Modifier::CHANGES)
             map([&](float s, int row, int key) {
-                return modifier.value(s, batch, head, row, key);
+                return modifier.value(s, batch, head, row, key) * LOG2_E;
             });
-        if constexpr (HAS_BIAS) {
-            if (bias_16bit)
-                map([&](float s, int row, int key) { return s + narrow_bias(row, key); });
-            else
-                map([&](float s, int row, int key) { return s + wide_bias(row, key); });
-        }
-        if (slope != 0.f)
-            map([&](float s, int row, int key) {
-                return fmaf(slope, alibi_distance(row, key), s);
-            });
-        map([&](float s, int, int) { return s * LOG2_E; });
+        if constexpr (HAS_BIAS) apply_bias(map);
+        shaped.apply_alibi(map);
     }
-    // d(logit) / d(slope)
     DEV_METHOD float alibi_distance(int row, int key) const {
-        return -fabsf((float)(row + q_offset - key));
+        return shaped.alibi_distance(row, key);
     }
-    // Of the nearest pair that exists: whatever it adds elsewhere is not used.
+    // Of the nearest pair that exists: what is added elsewhere is not used.
     DEV_METHOD float bias_at(int row, int key) const {
-        return bias_16bit ? narrow_bias(row, key) : wide_bias(row, key);
+        // opaque: products of steps are not kept from one pair to the next.
+        const int i = opaque(min(row, last_row)), j = opaque(min(key, last_key));
+        const u8* from = bias + i * row_step + j * key_step;
+        return bias_16bit ? Element::to_float(ld_global_u16((const u16*)from))
+                          : ld_global_f32((const float*)from);
     }
 
   private:
-    DEV_METHOD const u8* bias_address(int row, int key) const {
-        return bias + min(row, last_row) * row_step + min(key, last_key) * key_step;
-    }
-    DEV_METHOD float narrow_bias(int row, int key) const {
-        return Element::to_float(*(const u16*)bias_address(row, key));
-    }
-    DEV_METHOD float wide_bias(int row, int key) const {
-        return *(const float*)bias_address(row, key);
+    static constexpr float UNIT = Modifier::CHANGES ? 1.f : LOG2_E;
+
+    DEV float with_bias(float log2, float bias) { return fmaf(bias, LOG2_E, log2); }
+    template <class Map> DEV_METHOD void apply_bias(Map map) const {
+        if (!bias_pairs || !map.inside(last_key))
+            map([&](float s, int row, int key) { return with_bias(s, bias_at(row, key)); });
+        else if (bias_16bit)
+            map.pairs([&](float& x, float& y, int row, int key) {
+                u32 word[1];
+                ld_global_words(word, bias + min(row, last_row) * row_step + key * 2);
+                const float2 pair = unpack<Element>(word[0]);
+                x = with_bias(x, pair.x), y = with_bias(y, pair.y);
+            });
+        else
+            map.pairs([&](float& x, float& y, int row, int key) {
+                u32 words[2];
+                ld_global_words(words, bias + min(row, last_row) * row_step + key * 4);
+                x = with_bias(x, __uint_as_float(words[0]));
+                y = with_bias(y, __uint_as_float(words[1]));
+            });
     }
 };
 
