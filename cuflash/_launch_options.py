@@ -5,7 +5,6 @@ dropout, parameters of a score expression, cumulative lengths of packed sequence
 from __future__ import annotations
 
 import math
-import struct as binary
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -275,7 +274,8 @@ def _slots_view(extra: Extra, rank: int) -> View:
 
 
 def _bits(number: float) -> int:
-    """A scalar parameter as 8 bytes: the bits of a double, or of a 64-bit integer."""
-    if isinstance(number, (int, np.integer)):
-        return int(number) % 2**64
-    return int(binary.unpack("<Q", binary.pack("<d", float(number)))[0])
+    """A scalar parameter as 8 bytes: the bits of a float, or of an int."""
+    if isinstance(number, int):
+        return number % 2**32
+    with np.errstate(over="ignore"):  # kernels have floats only: what is too large is infinite
+        return int(np.float32(number).view(np.uint32))

@@ -100,7 +100,7 @@ struct OptionPointers {
     const int4* sequences;  // [1 + batch]; see packed.cuh
     const int2* work;
     const void* score_arrays[MAX_SCORE_ARRAYS];
-    u64 score_scalars[MAX_SCORE_SCALARS];  // the bits of a double, or an integer
+    u64 score_scalars[MAX_SCORE_SCALARS];  // the bits of a float, or an int
 };
 
 struct OptionValues {

@@ -168,6 +168,12 @@ constexpr bool HAS_VECTOR_REDUCTION = false;
 DEV void red_global_add_f32(float* gmem, float x) {
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(global_address(gmem)), "f"(x) : "memory");
 }
+DEV void red_global_add_u64(u64* gmem, u64 x) {
+    asm volatile("red.global.add.u64 [%0], %1;" ::"l"(global_address(gmem)), "l"(x) : "memory");
+}
+DEV void red_global_or_u64(u64* gmem, u64 x) {
+    asm volatile("red.global.or.b64 [%0], %1;" ::"l"(global_address(gmem)), "l"(x) : "memory");
+}
 // Four neighbours at once, each atomic by itself; 16-byte aligned. Callers test HAS_VECTOR_REDUCTION.
 DEV void red_global_add_v4(float* gmem, float4 x) {
 #if __CUDA_ARCH__ >= 900

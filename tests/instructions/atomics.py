@@ -48,6 +48,27 @@ def _red_pair(kind: str, dtype: np.dtype, group: str) -> Form:
     )
 
 
+def _red_64(name: str, op: str, combine: np.ufunc) -> Form:
+    """Every lane changes the cell it drew; numbers as large as they get, so that sums wrap around."""
+
+    def make(rng: np.random.Generator) -> Case:
+        cells, value = (rng.integers(0, 2**64, n, np.uint64) for n in (CELLS, 32))
+        where = rng.integers(0, CELLS, 32).astype(np.uint32)
+        changed = cells.copy()
+        combine.at(changed, where, value)
+        return Case([where, value, Output(cells)], [changed])
+
+    return Form(
+        name=f"red_global_{name}",
+        group="sm_75",
+        parameters="const u32* where, const u64* value, u64* cells",
+        body=f"""
+    asm volatile("red.global.{op} [%0], %1;"
+        :: "l"(__cvta_generic_to_global(cells + where[lane])), "l"(value[lane]) : "memory");""",
+        make=make,
+    )
+
+
 def _tickets(rng: np.random.Generator) -> Case:
     """atom returns the old value: 32 lanes adding 1 draw the tickets start .. start + 31, each
     once."""
@@ -74,6 +95,8 @@ FORMS = [
     *(_red_f32(width) for width in (1, 2, 4)),
     _red_pair("f16x2", np.dtype(np.float16), "sm_75"),
     _red_pair("bf16x2", np.dtype(ml_dtypes.bfloat16), "sm_90a"),
+    _red_64("add_u64", "add.u64", np.add),
+    _red_64("or_b64", "or.b64", np.bitwise_or),
     Form(
         name="atom_global_add_u32",
         group="sm_75",

@@ -1,0 +1,141 @@
+"""The CUDA side of a ScoreMod: its expression as a struct that kernels call, on dual numbers.
+
+The user's text stands on lines of its own after `#line 1 "score_mod"`, so that the compiler's messages
+name the user's lines. It is the text as given but for a few words: real literals get an f (kernels
+have no doubles), expf becomes exp, float becomes the number type of the evaluation, and comments
+become spaces. The source depends on `ScoreMod.key` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from cuflash._expression import ALIASES, FLOAT, Parsed, Token, number_of
+from cuflash._scoremod import ScoreMod
+from cuflash._scoremod_checks import OWN_PREFIX
+
+_NUMBER = f"{OWN_PREFIX}Number"
+_PLACE = "int b, int h, int i, int j"
+
+
+def source(score_mod: ScoreMod) -> str:
+    """The text that goes before Config: `ScoreExpression<Element>`.
+
+    Parameters
+    ----------
+    score_mod : ScoreMod
+
+    Returns
+    -------
+    str
+        Includes score_mod.cuh. Equal for equal `score_mod.key`. Array n of the kernels' params is the
+        n-th of `score_mod.arrays`, scalar n the n-th of `score_mod.scalars`.
+    """
+    arrays = tuple((name, array.ndim) for name, array in score_mod.arrays.items())
+    scalars = tuple((name, isinstance(x, int)) for name, x in score_mod.scalars.items())
+    return _source(score_mod.parsed, arrays, scalars)
+
+
+@functools.lru_cache(maxsize=256)
+def _source(
+    parsed: Parsed, arrays: tuple[tuple[str, int], ...], scalars: tuple[tuple[str, bool], ...]
+) -> str:
+    rank = dict(arrays)
+    number = {name: n for n, (name, _) in enumerate(arrays)}
+    views = [_declared(name, name, number, rank, _NUMBER, -1) for name, _ in arrays]
+    numbers = [
+        f"const {'int' if is_int else 'float'} {name} = "
+        f"expression::{'int' if is_int else 'float'}_scalar(this->options, {n});"
+        for n, (name, is_int) in enumerate(scalars)
+    ]
+    sites = [
+        _declared(f"{OWN_PREFIX}{n}", name, number, rank, _NUMBER, n)
+        for n, name in enumerate(parsed.sites)
+    ]
+    owners = ", ".join(str(number[name]) for name in parsed.sites) or "0"
+    return (
+        '#include "score_mod.cuh"\n'
+        "namespace expression {\n"
+        f"template <class {OWN_PREFIX}Element> struct Score {{\n"
+        "    static constexpr bool CHANGES = true;\n"
+        f"    static constexpr int SITES = {len(parsed.sites)};\n"
+        "    // Which array stands at a site, a place in the text.\n"
+        "    __device__ static constexpr int array_of(int site) {\n"
+        f"        constexpr int owners[] = {{{owners}}};\n"
+        "        return owners[site];\n"
+        "    }\n"
+        "    const OptionPointers& options;\n"
+        "    const ScoreModParams& values;\n"
+        "    template <class Params> DEV_METHOD explicit Score(const Params& p)\n"
+        "        : options(p.options), values(p.values.score) {}\n"
+        f"    DEV_METHOD float value(float s, {_PLACE}) const {{\n"
+        "        return at(Dual<0>(s), b, h, i, j).value;\n"
+        "    }\n"
+        f"    DEV_METHOD float2 with_derivative(float s, {_PLACE}) const {{\n"
+        "        const Dual<1> x = at(Dual<1>::variable(s, 0), b, h, i, j);\n"
+        "        return make_float2(x.value, x.tangent[0]);\n"
+        "    }\n"
+        f"    template <class {_NUMBER}>\n"
+        f"    DEV_METHOD {_NUMBER} at({_NUMBER} s, {_PLACE}) const {{\n"
+        f"{_body([*views, *numbers], parsed.tokens, ())}"
+        "    }\n"
+        f"    template <class {_NUMBER}, class {OWN_PREFIX}Sites>\n"
+        f"    DEV_METHOD {_NUMBER} at_sites({_NUMBER} s, {_PLACE}, {OWN_PREFIX}Sites& "
+        f"{OWN_PREFIX}sites) const {{\n"
+        f"{_body([*sites, *numbers], parsed.tokens, parsed.sites)}"
+        "    }\n"
+        "};\n"
+        "}  // namespace expression\n"
+        "template <class Element> using ScoreExpression = expression::Score<Element>;\n"
+    )
+
+
+def _declared(
+    variable: str, name: str, number: dict[str, int], rank: dict[str, int], value: str, site: int
+) -> str:
+    """A local variable that reads array `name`: as floats, or as what stands at a site."""
+    function, where = f"array<{OWN_PREFIX}Element, {rank[name]}>", ""
+    if site >= 0:
+        function = f"site<{value}, {OWN_PREFIX}Element, {rank[name]}, {site}>"
+        where = f", {OWN_PREFIX}sites"
+    return (
+        f"const auto {variable} = expression::{function}"
+        f"(this->options, this->values, {number[name]}{where});"
+    )
+
+
+def _body(declarations: Sequence[str], tokens: Sequence[Token], sites: Sequence[str]) -> str:
+    lines = "".join(f"        {line}\n" for line in declarations)
+    return (
+        f"{lines}        return {_NUMBER}(\n"
+        '#line 1 "score_mod"\n'
+        f"{_text(tokens, sites)}\n"
+        '#line 1 "score_mod, generated"\n'
+        "        );\n"
+    )
+
+
+def _text(tokens: Sequence[Token], sites: Sequence[str]) -> str:
+    """The user's text for the compiler; `sites`: arrays by their uses, replaced by those in turn."""
+    words, uses = [], 0
+    for token in tokens:
+        text = token.text
+        if token.what == "space":
+            text = "".join(c if c == "\n" else " " for c in text)
+        elif token.what == "number":
+            text = _literal(token)
+        elif text == FLOAT:
+            text = _NUMBER
+        elif text in ALIASES:
+            text = ALIASES[text].ljust(len(text))
+        elif uses < len(sites) and token.what == "name" and text == sites[uses]:
+            text = f"{OWN_PREFIX}{uses}"
+            uses += 1
+        words.append(text)
+    return "".join(words)
+
+
+def _literal(token: Token) -> str:
+    kind, _ = number_of(token)
+    return token.text if kind != FLOAT or token.text[-1] in "fF" else f"{token.text}f"
