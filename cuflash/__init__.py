@@ -13,6 +13,7 @@ from cuflash._errors import CompileError, UnsupportedError
 from cuflash._explain import explain
 from cuflash._gradient import attention_backward, attention_vjp
 from cuflash._merge import merge_attention
+from cuflash._scoremod import ScoreMod
 from cuflash._system import show_config
 from cuflash._varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
 from cuflash._warmup import warmup
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "CompileError",
+    "ScoreMod",
     "UnsupportedError",
     "__version__",
     "attention",

@@ -2,8 +2,8 @@
 
 The user's text stands on lines of its own after `#line 1 "score_mod"`, so that the compiler's messages
 name the user's lines. It is the text as given but for a few words: real literals get an f (kernels
-have no doubles), expf becomes exp, float becomes the number type of the evaluation, and comments
-become spaces. The source depends on `ScoreMod.key` alone.
+have no doubles), expf becomes exp, float becomes the number type of the evaluation, constants become
+their values and comments spaces. The source depends on `ScoreMod.key` alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from cuflash._scoremod import ScoreMod
 from cuflash._scoremod_checks import OWN_PREFIX
 
 _NUMBER = f"{OWN_PREFIX}Number"
+_CONSTANTS = {"INFINITY": "::positive_infinity()", "M_PI": "3.14159265f"}
 _PLACE = "int b, int h, int i, int j"
 
 
@@ -127,6 +128,8 @@ def _text(tokens: Sequence[Token], sites: Sequence[str]) -> str:
             text = _literal(token)
         elif text == FLOAT:
             text = _NUMBER
+        elif text in _CONSTANTS:
+            text = _CONSTANTS[text]
         elif text in ALIASES:
             text = ALIASES[text].ljust(len(text))
         elif uses < len(sites) and token.what == "name" and text == sites[uses]:

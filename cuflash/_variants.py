@@ -71,7 +71,7 @@ class Variant:
         """Members of Config that are types."""
         score = f"score::{self.score.capitalize()}"
         if self.score == "general":
-            modifier = "ScoreExpression" if self.expression else "score::Unmodified"
+            modifier = "ScoreExpression<Element>" if self.expression else "score::Unmodified"
             score += f"<Element, {str(self.bias).lower()}, {modifier}>"
         return ("Mask", MASKS[self.mask]), ("Score", score)
 

@@ -106,8 +106,6 @@ template <int N> struct Dual {
 // What score expressions see. Names here hide CUDA's own, whose overloads for ints compute in double.
 namespace expression {
 
-constexpr float INFINITY = __builtin_huge_valf(), M_PI = 3.14159265f;
-
 // ---- functions of one float: value, and slope from the argument x and the value y
 
 struct Exp {
