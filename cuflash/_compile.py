@@ -35,6 +35,7 @@ PARAMS = {
     "backward_sinks": "BackwardParams",
     "backward_bias": "BackwardParams",
     "backward_score": "BackwardParams",
+    "backward_score_sums": "ScoreSumsParams",
     "mask_tiles": "MaskTilesParams",
     "packed_plan": "PackedPlanParams",
     "merge": "MergeParams",

@@ -50,6 +50,7 @@ MAX_SCORE_ARRAYS = 8
 MAX_SCORE_SCALARS = 8
 MAX_SCORE_AXES = 4
 MAX_WORK_TABLES = 5
+SUM_WORDS = 11  # 8-byte words of one exact sum (exact_sum.cuh)
 VECTOR_FLAGS = {
     "q": FLAG_Q_VECTOR,
     "k": FLAG_K_VECTOR,
@@ -142,6 +143,16 @@ BACKWARD = _struct(
     [("dbias_values", BIAS_GRADIENT)],
 )
 
+SCORE_SUMS_POINTERS = (
+    *(f"words[{n}]" for n in range(MAX_SCORE_ARRAYS)),
+    *(f"grads[{n}]" for n in range(MAX_SCORE_ARRAYS)),
+)
+SCORE_SUMS = np.dtype(
+    _pointer_fields(SCORE_SUMS_POINTERS)
+    + [("elements", "i8", (MAX_SCORE_ARRAYS,)), ("grads_16bit", "i4")],
+    align=True,
+)
+
 MASK_TILES_POINTERS = ("mask", "mask_bits", "map")
 MASK_TILES = np.dtype(
     _pointer_fields(MASK_TILES_POINTERS)
@@ -194,6 +205,7 @@ STRUCTS = {
     "BackwardParams": BACKWARD,
     "MergeParams": MERGE,
     "MaskTilesParams": MASK_TILES,
+    "ScoreSumsParams": SCORE_SUMS,
     "PackedPlanParams": PACKED_PLAN,
 }
 

@@ -167,6 +167,14 @@ struct BackwardParams {
     BiasGradient dbias_values;
 };
 
+// Turns exact sums into gradients of score parameters.
+struct ScoreSumsParams {
+    const i64* words[MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS]; null: not wanted
+    void* grads[MAX_SCORE_ARRAYS];       // [elements]
+    i64 elements[MAX_SCORE_ARRAYS];
+    int grads_16bit;  // bit n: gradient n has the element type, else float
+};
+
 // Makes one tile map.
 struct MaskTilesParams {
     const void* mask;

@@ -38,7 +38,7 @@ def test_offsets_equal_the_cuda_side(struct: str) -> None:
     ]
     asserts = "\n".join(f'static_assert({check}, "{check}");' for check in checks)
     _compile.compile_cubin(f'#include "params.cuh"\n{asserts}\n', struct, "sm_80", None)
-    assert len(checks) > 10
+    assert len(checks) > 4
     # The check itself can fail: one offset off by one is refused.
     assert not compiles(f'#include "params.cuh"\nstatic_assert(sizeof({struct}) == 1, "");\n')
 
