@@ -170,7 +170,8 @@ class Forward:
         self, arch: str, element: str, dims: tuple[int, int], variant: Variant
     ) -> Specialization:
         """The kernel for one (element, dims, variant)."""
-        tile = _tuning.forward_tile(arch, *dims)
+        general = variant.score == "general"
+        tile = _tuning.forward_tile(arch, *dims, general=general, packed=variant.packed)
         shared = _tuning.forward_shared_bytes(tile, *dims)
         return specialize(self.name, arch, element, dims, variant, tile, shared)
 

@@ -91,9 +91,39 @@ FORWARD: dict[tuple[str, tuple[int, int]], Tile] = {
 }
 
 
-def forward_tile(arch: str, head_dim: int, head_dim_v: int) -> Tile:
-    """The forward tile of compiled head dims on an architecture."""
-    return FORWARD[family(arch), (head_dim, head_dim_v)]
+# Biases and score expressions need registers for loads on their way: half as many keys at a time.
+# 2026-11-21, chosen.
+_HALF_KEYS = Tile(128, 32, 4, stages=2, min_blocks=2)
+FORWARD_GENERAL: dict[tuple[str, tuple[int, int]], Tile] = {
+    **FORWARD,
+    ("sm_80", (32, 32)): _HALF_KEYS,
+    ("sm_80", (64, 64)): _HALF_KEYS,
+    ("sm_80", (96, 96)): _HALF_KEYS,
+    ("sm_80", (128, 128)): _HALF_KEYS,
+    ("sm_86", (32, 32)): _HALF_KEYS,
+    ("sm_86", (64, 64)): _HALF_KEYS,
+    ("sm_90", (32, 32)): _HALF_KEYS,
+    ("sm_90", (64, 64)): _HALF_KEYS,
+    ("sm_90", (96, 96)): _HALF_KEYS,
+    ("sm_90", (128, 128)): _HALF_KEYS,
+}
+# A packed sequence's lengths and band take registers, too: half as many rows.
+FORWARD_GENERAL_PACKED: dict[tuple[str, tuple[int, int]], Tile] = {
+    **FORWARD_GENERAL,
+    ("sm_80", (128, 128)): Tile(64, 64, 4, stages=2, min_blocks=2),
+    ("sm_86", (128, 128)): Tile(64, 64, 4, min_blocks=2),
+    ("sm_90", (128, 128)): Tile(64, 64, 4, stages=2, min_blocks=2),
+}
+
+
+def forward_tile(
+    arch: str, head_dim: int, head_dim_v: int, *, general: bool = False, packed: bool = False
+) -> Tile:
+    """The forward tile of compiled head dims on an architecture; `general`: with a bias or a score expression."""
+    table = FORWARD
+    if general:
+        table = FORWARD_GENERAL_PACKED if packed else FORWARD_GENERAL
+    return table[family(arch), (head_dim, head_dim_v)]
 
 
 def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
@@ -192,7 +222,7 @@ def backward_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Til
     """The tile of one of the backward kernels."""
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
-    if kernel == "backward_bias":
+    if kernel in ("backward_bias", "backward_score"):
         return Tile(64, 64, 4) if head_dim + head_dim_v <= 256 else Tile(32, 32, 2)
     table = {
         "backward_dkdv": BACKWARD_DKDV,
@@ -212,7 +242,7 @@ def backward_shared_bytes(kernel: str, tile: Tile, head_dim: int, head_dim_v: in
     if kernel in ("backward_dkdv", "backward_dkdv_accumulate"):
         scores = 2 * tile.block_k * max(32, tile.block_q) if kernel.endswith("accumulate") else 0
         return tile.block_k * row + tile.stages * tile.block_q * (row + 8) + scores
-    if kernel == "backward_bias":
+    if kernel in ("backward_bias", "backward_score"):
         return (tile.block_q + tile.block_k) * row
     if kernel == "backward_dq":
         return tile.block_q * row + tile.stages * tile.block_k * row

@@ -184,17 +184,22 @@ template <int M16, int N8> struct ScoreMap {
                                      first_key + n * 8 + (int)(lane % 4) * 2 + e % 2);
     }
     // f(x, y, row, key) for neighbours x and y of a row, to be changed; key is that of x, and even.
+    // For functions that load.
     template <class Function> DEV_METHOD void pairs(Function f) const {
         const unsigned thread = fresh_thread_id(), lane = thread % 32;
         const int row = opaque(first_row + thread / 32 * (16 * M16) + lane / 4);
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+            for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int n = 0; n < N8; ++n)
                     f(s.x[m][n][2 * half], s.x[m][n][2 * half + 1], row + m * 16 + half * 8,
                       first_key + n * 8 + (int)(lane % 4) * 2);
+                // Loads do not pass it: otherwise all rows' loads come first, into registers that
+                // are not there.
+                __syncwarp();
+            }
     }
     // Makes those -inf that a mask's source hides. Each of the four lanes of a row asks for a
     // quarter of the row's bits, and tells the others.
@@ -339,9 +344,11 @@ template <class C> DEV void forward_tile(const ForwardParams& p) {
         if constexpr (!C::Score::FOLDED) score.apply(map);
         if (mask.cuts(rows(), tile_keys, tile)) mask.hide(map, rows(), tile_keys);
         softmax.update(s, o);  // s becomes P
-        if constexpr (C::DROPOUT)
-            drop_weights(dropout::Keep(p, work, work.head), s, first_row + warp_id() * L::WARP_Q,
-                         tile_keys.begin);
+        if constexpr (C::DROPOUT) {
+            const Work here = decode<C>(p, shape.heads);  // anew, as always
+            drop_weights(dropout::Keep(p, here, here.head), s,
+                         here.tile * C::BLOCK_Q + warp_id() * L::WARP_Q, tile_keys.begin);
+        }
         const RoundedOperand<typename C::Element, L::M16, C::BLOCK_K / 8> probabilities(s);
         const u32 v_smem = pipeline.v(next);
         if (mask.isolates(rows(), tile_keys, tile))

@@ -84,6 +84,15 @@ struct Shaped {
         return -fabsf((float)(row + q_offset - key));
     }
 
+    // The same made from constant memory at this place, so that a main loop does not carry it.
+    DEV_METHOD Shaped anew(const Shape& shape) const {
+        Shaped made = *this;
+        made.scale = __uint_as_float(opaque(__float_as_uint(shape.scale)));
+        made.softcap = __uint_as_float(opaque(__float_as_uint(shape.softcap)));
+        made.inverse_softcap = made.softcap > 0.f ? 1.f / made.softcap : 0.f;
+        return made;
+    }
+
     // ---- the steps, for scores that put others between them; `unit`: 1 for natural, LOG2_E for log2 units
 
     DEV_METHOD Logit scaled(float s, float unit) const {
@@ -126,29 +135,23 @@ struct Unmodified {
 template <class Element, bool HAS_BIAS, class Modifier> struct General {
     static constexpr bool FOLDED = false;
     Shaped shaped;
+    // References to constant memory, and little made from it: a main loop has no registers to keep it.
+    const Shape& shape;
+    const PairStrides& steps;
     int batch, head;
-    int last_row, last_key;       // a bias has no element past them, where scores are not used
-    const u8* bias;               // of the head
-    i64 row_step, key_step;       // in bytes
-    bool bias_16bit, bias_pairs;  // bias_pairs: the biases of an even key and the next are one load
+    const u8* bias;  // of the head
     Modifier modifier;
 
     template <class Params>
     DEV_METHOD General(const Params& p, const Work& work, int head_, float slope)
         : shaped(p, work, head_, slope),
+          shape(p.shape),
+          steps(p.values.bias),
           batch(work.batch),
           head(head_),
-          last_row(p.shape.len_q - 1),
-          last_key(p.shape.len_k - 1),
           modifier(p) {
-        if constexpr (HAS_BIAS) {
-            bias_16bit = (p.shape.flags & FLAG_BIAS_16BIT) != 0;
-            const int bytes = bias_16bit ? 2 : 4;
-            bias = (const u8*)p.options.bias + head_offset(work, p.values.bias, head) * bytes;
-            row_step = p.values.bias.row * bytes;
-            key_step = p.values.bias.key * bytes;
-            bias_pairs = key_step == bytes && ((u64)bias | (u64)row_step) % (2 * bytes) == 0;
-        }
+        if constexpr (HAS_BIAS)
+            bias = (const u8*)p.options.bias + (head_offset(work, steps, head) << log2_bytes());
     }
 
     DEV_METHOD float folded_factor() const { return 1.f; }
@@ -165,6 +168,7 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
         return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
+        const Shaped shaped = this->shaped.anew(shape);
         shaped.apply_scale(map, UNIT);
         if constexpr (Modifier::CHANGES)
             map([&](float s, int row, int key) {
@@ -176,33 +180,45 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     DEV_METHOD float alibi_distance(int row, int key) const {
         return shaped.alibi_distance(row, key);
     }
-    // Of the nearest pair that exists: what is added elsewhere is not used.
+    // Of the nearest pair that exists: a bias has no element past the ends, where scores are not
+    // used.
     DEV_METHOD float bias_at(int row, int key) const {
         // opaque: products of steps are not kept from one pair to the next.
-        const int i = opaque(min(row, last_row)), j = opaque(min(key, last_key));
-        const u8* from = bias + i * row_step + j * key_step;
-        return bias_16bit ? Element::to_float(ld_global_u16((const u16*)from))
-                          : ld_global_f32((const float*)from);
+        const int i = opaque(min(row, shape.len_q - 1)), j = opaque(min(key, shape.len_k - 1));
+        const u8* from = bias + ((i * steps.row + j * steps.key) << log2_bytes());
+        return bias_16bit() ? Element::to_float(ld_global_u16((const u16*)from))
+                            : ld_global_f32((const float*)from);
     }
 
   private:
     static constexpr float UNIT = Modifier::CHANGES ? 1.f : LOG2_E;
 
+    DEV_METHOD bool bias_16bit() const { return (shape.flags & FLAG_BIAS_16BIT) != 0; }
+    DEV_METHOD int log2_bytes() const { return bias_16bit() ? 1 : 2; }
     DEV float with_bias(float log2, float bias) { return fmaf(bias, LOG2_E, log2); }
+
+    // The biases of an even key and the next, which lie side by side.
+    template <int WORDS> DEV_METHOD void bias_pair(u32 (&words)[WORDS], int row, int key) const {
+        const int i = min(row, shape.len_q - 1);
+        ld_global_words(words, bias + (i * steps.row + key) * (WORDS * 2));
+    }
     template <class Map> DEV_METHOD void apply_bias(Map map) const {
-        if (!bias_pairs || !map.inside(last_key))
-            map([&](float s, int row, int key) { return with_bias(s, bias_at(row, key)); });
-        else if (bias_16bit)
+        const u64 last_bits = ((u64)bias >> log2_bytes()) | (u64)steps.row;
+        if (steps.key != 1 || last_bits % 2 != 0 || !map.inside(shape.len_k - 1))
+            map.pairs([&](float& x, float& y, int row, int key) {
+                x = with_bias(x, bias_at(row, key)), y = with_bias(y, bias_at(row, key + 1));
+            });
+        else if (bias_16bit())
             map.pairs([&](float& x, float& y, int row, int key) {
                 u32 word[1];
-                ld_global_words(word, bias + min(row, last_row) * row_step + key * 2);
+                bias_pair(word, row, key);
                 const float2 pair = unpack<Element>(word[0]);
                 x = with_bias(x, pair.x), y = with_bias(y, pair.y);
             });
         else
             map.pairs([&](float& x, float& y, int row, int key) {
                 u32 words[2];
-                ld_global_words(words, bias + min(row, last_row) * row_step + key * 4);
+                bias_pair(words, row, key);
                 x = with_bias(x, __uint_as_float(words[0]));
                 y = with_bias(y, __uint_as_float(words[1]));
             });
