@@ -7,10 +7,9 @@ of slopes, sinks and score parameters never depend on the order of blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import numpy as np
 
 from cuflash import _tuning
 from cuflash._candidates import (
@@ -29,7 +28,7 @@ from cuflash._candidates import (
 )
 from cuflash._compile import Specialization
 from cuflash._device import Limits
-from cuflash._plan_values import BiasWork, Launch, Plan, Schedule, Scratch
+from cuflash._plan_values import Launch, PairWork, Plan, Schedule, Scratch
 from cuflash._problem import Problem
 from cuflash._variants import Variant, variant_of
 
@@ -117,8 +116,21 @@ class Backward:
             slopes=kernel("backward_slopes", slopes),
             sinks=kernel("backward_sinks", "sinks" in wrt),
             bias=kernel("backward_bias", "bias" in wrt),
-            score=None,
+            score=self.score_kernel(problem, arch, dims, variant),
         )
+
+    def score_kernel(
+        self, problem: Problem, arch: str, dims: tuple[int, int], variant: Variant
+    ) -> Specialization | None:
+        """What sums gradients of score parameters; which of them is part of the kernel."""
+        wanted = sum(1 << n for n, name in enumerate(problem.score_params) if name in problem.wrt)
+        if not wanted:
+            return None
+        kernel, element = "backward_score", ELEMENTS[problem.dtype]
+        tile = _tuning.backward_tile(kernel, arch, *dims)
+        shared = _tuning.backward_shared_bytes(kernel, tile, *dims)
+        prefix = f"of{wanted}"
+        return specialize(kernel, arch, element, dims, variant, tile, shared, prefix, WANTED=wanted)
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""
@@ -206,27 +218,25 @@ class _Planner:
             self.per_head(kernels.slopes, tiles)
         if kernels.sinks:
             self.per_head(kernels.sinks, 1)
-        bias = None
         if kernels.bias:
-            bias = self.bias(kernels.bias)
-        return Plan(name, tuple(self.launches), tuple(self.scratch), bias)
+            self.bias(kernels.bias)
+        if kernels.score:
+            self.score(kernels.score)
+        return Plan(name, tuple(self.launches), tuple(self.scratch))
 
     def per_head(self, spec: Specialization, tiles: int) -> None:
         """A launch of one block per head of every batch element or packed sequence."""
-        blocks = check_grid(
-            self.problem, self.problem.heads * int(np.prod(self.problem.batch, dtype=np.int64))
-        )
+        blocks = check_grid(self.problem, self.problem.heads * math.prod(self.problem.batch))
         threads = spec.constant("WARPS") * 32
         self.launches.append(Launch(spec, blocks, threads, 0, Schedule(tiles, 1, False)))
 
-    def bias(self, spec: Specialization) -> BiasWork:
+    def bias(self, spec: Specialization) -> None:
         """The launch for a bias's gradient: one block per tile of the bias and share of its sums."""
         problem = self.problem
         assert problem.bias is not None
         full = (*problem.batch, problem.heads, problem.len_q, problem.len_k)
         own = (1,) * (len(full) - len(problem.bias)) + problem.bias
-        tiles_q = -(-problem.len_q // spec.constant("BLOCK_Q"))
-        tiles_k = -(-problem.len_k // spec.constant("BLOCK_K"))
+        tiles_q, tiles_k = self.pair_tiles(spec)
         counts = (*full[:-2], tiles_q, tiles_k)
         blocks = shares = 1
         for count, extent, whole in zip(counts, own, full, strict=True):
@@ -237,9 +247,24 @@ class _Planner:
         wanted = -(-2 * self.limits.sm_count // max(1, blocks))
         most = MAX_PAIR_SPLITS if own[-2:] == full[-2:] else MAX_SPLITS
         splits = max(1, min(wanted, shares, most))
-        grid = check_grid(problem, blocks * splits)
-        threads = spec.constant("WARPS") * 32
-        shared = spec.constant("SHARED_BYTES")
-        schedule = Schedule(tiles_q, 1, False)
-        self.launches.append(Launch(spec, grid, threads, shared, schedule, "queries"))
-        return BiasWork(splits, tiles_q, tiles_k)
+        self.pairs(spec, blocks * splits, PairWork(splits, tiles_q, tiles_k))
+
+    def score(self, spec: Specialization) -> None:
+        """The launch for gradients of score parameters: one block per tile of queries."""
+        problem = self.problem
+        tiles_q, tiles_k = self.pair_tiles(spec)
+        blocks = tiles_q * problem.heads * math.prod(problem.batch)
+        self.pairs(spec, blocks, PairWork(1, tiles_q, tiles_k))
+
+    def pair_tiles(self, spec: Specialization) -> tuple[int, int]:
+        """Tiles of queries and of keys; of packed sequences, of the longest."""
+        problem = self.problem
+        tiles_q = -(-problem.len_q // spec.constant("BLOCK_Q"))
+        return tiles_q, -(-problem.len_k // spec.constant("BLOCK_K"))
+
+    def pairs(self, spec: Specialization, blocks: int, work: PairWork) -> None:
+        """A launch over pairs."""
+        grid = check_grid(self.problem, blocks)
+        threads, shared = spec.constant("WARPS") * 32, spec.constant("SHARED_BYTES")
+        schedule = Schedule(work.tiles_q, 1, False)
+        self.launches.append(Launch(spec, grid, threads, shared, schedule, "queries", work))

@@ -36,7 +36,7 @@ class Extra(NamedTuple):
     @property
     def score_arrays(self) -> dict[str, Any]:
         """Parameter arrays of the score expression by name."""
-        return {} if self.score_mod is None else self.score_mod.arrays
+        return {} if self.score_mod is None else dict(self.score_mod.arrays)
 
 
 NOTHING = Extra()

@@ -97,16 +97,23 @@ def run(steps: Sequence[Step], pointers: Sequence[int]) -> None:
 
 
 def steps_of(
-    plan: _plan.Plan, device: Device, struct: np.ndarray, pointers: int, options: OptionInputs
+    plan: _plan.Plan,
+    device: Device,
+    struct: np.ndarray,
+    pointers: int,
+    *fill: Callable[[np.ndarray, _plan.Launch], None],
 ) -> list[Step]:
-    """Load a Plan's kernels and pack the struct once per launch (they differ in the schedule)."""
+    """Load a Plan's kernels and pack the struct once per launch: they differ in the schedule, and in
+    what the functions `fill` write.
+    """
     steps = []
     for launch in plan.launches:
         schedule = launch.schedule
         struct["schedule"]["tiles"] = schedule.tiles
         struct["schedule"]["heads_per_section"] = schedule.heads_per_section
         struct["schedule"]["longest_last"] = schedule.longest_last
-        options.fill_launch(struct, launch)
+        for write in fill:
+            write(struct, launch)
         kernel = device.load(launch.spec)
         packer = _params.Packer(struct, pointers)
         steps.append(Step(kernel, launch.grid, launch.block, launch.shared_memory, packer))
@@ -168,7 +175,7 @@ class PreparedForward:
         self._options.bind(struct, self._views, plan, extra)
         self._has_options = problem.has_options
         count = len(_params.FORWARD_POINTERS) if self._has_options else _PLAIN_POINTERS
-        self._steps = steps_of(plan, device, struct, count, self._options)
+        self._steps = steps_of(plan, device, struct, count, self._options.fill_launch)
 
     def __call__(
         self,

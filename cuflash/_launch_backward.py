@@ -123,12 +123,12 @@ class PreparedBackward:
             self._views.fill(struct[f"{name}_strides"], name)
         fill_shape(struct["shape"], problem, self._views, flags)
         self._options.bind(struct, self._views, plan, extra)
-        bias = arrays.get("bias")
-        self._gradients.fill(struct, self._views, None if bias is None else bias.dtype)
+        self._gradients.fill(struct, self._views)
         self._place_workspace(plan)
         self._has_options = problem.has_options
         count = len(_params.BACKWARD_POINTERS) if self._has_options else PLAIN_POINTERS
-        self._steps = steps_of(plan, device, struct, count, self._options)
+        fill = (self._options.fill_launch, self._gradients.fill_launch)
+        self._steps = steps_of(plan, device, struct, count, *fill)
         self.is_simple = not (self._has_options or self._views.copies)
         slots = {name: slot for slot, name in enumerate(GRADIENTS)}
         self._simple_targets = [

@@ -1,4 +1,6 @@
-"""Gradients of a bias and of sinks on the device: workspace for partial sums, and their last sums."""
+"""Gradients of a bias, of sinks and of score parameters on the device: workspace for partial sums, and
+their last sums.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _params
+from cuflash import _params, _side_kernels
+from cuflash._candidates import ELEMENTS
 from cuflash._device import Device
 from cuflash._errors import UnsupportedError
-from cuflash._plan import Plan
+from cuflash._plan_values import Launch, Plan
 from cuflash._problem import Problem
 from cuflash._views import OrderedEmpty, View, Views, contiguous_view, pair_view
+
+# A thread takes several elements of large parameters.
+MAX_SUM_BLOCKS = 1024
 
 
 class OptionGradients:
@@ -28,10 +34,13 @@ class OptionGradients:
     ) -> None:
         self._device, self._problem = device, problem
         self._wants_bias, self._wants_sinks = "bias" in problem.wrt, "sinks" in problem.wrt
+        # Place among the expression's arrays, and name.
+        self._scores = [(n, x) for n, x in enumerate(problem.score_params) if x in problem.wrt]
         if self._wants_bias:
             bias = arrays["bias"]
             self._new_bias = OrderedEmpty(tuple(bias.shape), bias)
             self._bias_buffer = given.get("bias")
+            self._bias_itemsize = bias.dtype.itemsize
 
     # ---- once per kind of call
 
@@ -39,8 +48,9 @@ class OptionGradients:
         """Where kernels write the bias's gradient: its own array, or one per share of its sums."""
         if not self._wants_bias:
             return {}
-        assert plan.bias is not None
-        self._work, shape = plan.bias, self._problem.bias or ()
+        (work,) = (x.pairs for x in plan.launches if x.spec.kernel == "backward_bias")
+        assert work is not None
+        self._work, shape = work, self._problem.bias or ()
         if self._work.splits > 1:
             view = contiguous_view(shape, copied=False)
         elif self._bias_buffer is not None:
@@ -51,8 +61,9 @@ class OptionGradients:
         steps = (0 if n == 1 else step for n, step in zip(shape, view.strides, strict=True))
         return {"dbias": View((1,) * missing + shape, (0,) * missing + tuple(steps), False)}
 
-    def fill(self, struct: np.ndarray, views: Views, dtype: np.dtype | None) -> None:
-        """Write the params of the bias's gradient, whose dtype is `dtype`."""
+    def fill(self, struct: np.ndarray, views: Views) -> None:
+        """Write where the bias's gradient lies, and what it is summed over."""
+        self._reduced = 0
         if not self._wants_bias:
             return
         problem, values, view = self._problem, struct["dbias_values"], views.views["dbias"]
@@ -69,11 +80,21 @@ class OptionGradients:
         flags = (_params.REDUCED_HEAD, _params.REDUCED_ROW, _params.REDUCED_KEY)
         for own, full, flag in zip(view.shape[-3:], whole, flags, strict=True):
             reduced |= flag if own == 1 and full > 1 else 0
-        values["reduced"], values["splits"] = reduced, self._work.splits
-        values["tiles_q"], values["tiles_k"] = self._work.tiles_q, self._work.tiles_k
+        self._reduced = reduced
         values["split_stride"] = math.prod(problem.bias or ())
-        if self._work.splits == 1 and dtype is not None and dtype.itemsize == 2:
+        if self._work.splits == 1 and self._bias_itemsize == 2:
             struct["shape"]["flags"] |= _params.FLAG_DBIAS_16BIT
+
+    def fill_launch(self, struct: np.ndarray, launch: Launch) -> None:
+        """Write how a launch shares out its sums over pairs."""
+        work, values = launch.pairs, struct["dbias_values"]
+        if work is None:
+            return
+        is_bias = launch.spec.kernel == "backward_bias"
+        # Blocks that sum for score parameters own heads and rows.
+        values["reduced"] = self._reduced if is_bias else _params.REDUCED_KEY
+        values["splits"] = work.splits
+        values["tiles_q"], values["tiles_k"] = work.tiles_q, work.tiles_k
 
     # ---- per call
 
@@ -103,8 +124,15 @@ class OptionGradients:
             written = device.empty((math.prod(problem.batch), problem.heads), np.float32)
             sinks_at = device.pointer(written)
             pending["sinks"] = written, device.empty((problem.heads,), arrays["sinks"].dtype)
+        scores = [0] * _params.MAX_SCORE_ARRAYS
+        for n, name in self._scores:
+            array = arrays[name]
+            written = device.empty((array.size, _params.SUM_WORDS), np.int64)
+            written[...] = 0
+            pending[name] = written, device.empty(array.shape, array.dtype)
+            scores[n] = device.pointer(written) if array.size else 0
         held += pending.values()
-        return [bias_at, sinks_at] + [0] * _params.MAX_SCORE_ARRAYS, pending
+        return [bias_at, sinks_at, *scores], pending
 
     def _bias_result(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
         result = given.get("bias")
@@ -112,16 +140,41 @@ class OptionGradients:
 
     def finish(self, pending: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
         """The gradients, once everything is queued: last sums in float32, rounded once."""
-        results = {}
-        for name, (written, result) in pending.items():
+        results: dict[str, Any] = {}
+        for name in ("bias", "sinks"):
+            if name not in pending:
+                continue
+            written, result = pending[name]
             if written is not result:
                 result[...] = written.sum(axis=0, dtype=np.float32).astype(result.dtype)
             results[name] = result
+        if self._scores:
+            self._finish_scores(pending)
+            results["score_params"] = {name: pending[name][1] for _, name in self._scores}
         return results
+
+    def _finish_scores(self, pending: Mapping[str, tuple[Any, Any]]) -> None:
+        """Exact sums become gradients, each rounded once."""
+        device, struct = self._device, np.zeros((), _params.SCORE_SUMS)
+        most = 0
+        for n, name in self._scores:
+            words, grad = pending[name]
+            if grad.size == 0:
+                continue
+            struct["words"][n], struct["grads"][n] = device.pointer(words), device.pointer(grad)
+            struct["elements"][n] = grad.size
+            struct["grads_16bit"] |= int(grad.dtype.itemsize == 2) << n
+            most = max(most, grad.size)
+        element = ELEMENTS[self._problem.dtype]
+        kernel = device.load(_side_kernels.score_sums(device.arch, element))
+        threads = _side_kernels.SUM_WARPS * 32
+        blocks = min(-(-most // threads), MAX_SUM_BLOCKS)
+        if blocks:
+            kernel(blocks, threads, 0, struct.tobytes())
 
     def empty(self, arrays: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
         """Gradients of a call without pairs: 0, but a sink's weight is 1 in every row."""
-        results = {}
+        results: dict[str, Any] = {}
         if self._wants_bias:
             results["bias"] = self._bias_result(arrays, given)
             results["bias"][...] = 0
@@ -133,4 +186,11 @@ class OptionGradients:
             if dlse is not None and dlse.size:
                 axes = tuple(a for a in range(dlse.ndim) if a != dlse.ndim - 2)
                 results["sinks"][...] = dlse.sum(axis=axes).astype(like.dtype)
+        if self._scores:
+            grads = {
+                n: self._device.empty(arrays[n].shape, arrays[n].dtype) for _, n in self._scores
+            }
+            for grad in grads.values():
+                grad[...] = 0
+            results["score_params"] = grads
         return results

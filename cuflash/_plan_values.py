@@ -17,6 +17,15 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class PairWork:
+    """How a walk over pairs shares out its sums; see kernels_cu/backward_pairs.cuh."""
+
+    splits: int
+    tiles_q: int
+    tiles_k: int
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel launch.
 
@@ -25,6 +34,8 @@ class Launch:
     walk : {"", "rows", "queries", "keys"}
         What its tiles are: rows alone, or queries or keys with the pairs they see (which needs a
         mask's tile map). "" for a launch without tiles.
+    pairs : PairWork or None
+        Of gradients of a bias or of score parameters.
     """
 
     spec: Specialization
@@ -33,6 +44,7 @@ class Launch:
     shared_memory: int
     schedule: Schedule
     walk: str = ""
+    pairs: PairWork | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +57,9 @@ class Scratch:
 
 
 @dataclass(frozen=True, slots=True)
-class BiasWork:
-    """How the sums of a bias's gradient are shared out; see kernels_cu/backward_bias.cuh."""
-
-    splits: int
-    tiles_q: int
-    tiles_k: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What `_launch` runs, in order."""
 
     candidate: str
     launches: tuple[Launch, ...]
     scratch: tuple[Scratch, ...] = ()
-    bias: BiasWork | None = None
