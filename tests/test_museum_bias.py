@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -47,20 +46,17 @@ def test_K1_every_shape_has_its_gradient(backend: Machine, code: str) -> None:
         assert np.abs(answer(case).exact.grads["bias"]).max() > 0.01
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bias_dtype"),
-    [
-        *itertools.product(("float16", "bfloat16"), ("own", "float32")),
-        ("float32", "own"),
-        ("float64", "own"),
-        ("float64", "float32"),
-    ],
-)
-def test_K3_every_dtype_of_a_bias(dtype: str, bias_dtype: str, backend: Machine) -> None:
-    if dtype not in backend.dtypes:
-        # Nothing to see: float32 and float64 have no kernel, which test_errors_devices shows.
-        backend = Numpy()
+@pytest.mark.parametrize("bias_dtype", ["own", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_K3_every_dtype_of_a_bias(backend: Machine, dtype: str, bias_dtype: str) -> None:
     check(backend, replace(BASE, dtype=dtype, bias="1H1k", bias_dtype=bias_dtype))
+
+
+@pytest.mark.parametrize("bias_dtype", ["own", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_K3_wide_dtypes_of_a_bias(dtype: str, bias_dtype: str) -> None:
+    """On the NumPy backend; kernels take 16-bit arrays."""
+    check(Numpy(), replace(BASE, dtype=dtype, bias="1H1k", bias_dtype=bias_dtype))
 
 
 @pytest.mark.parametrize("len_k", [1, 7, 65, 100])
@@ -85,10 +81,9 @@ def test_K5_the_gradient_is_written_in_place_and_nowhere_else(
 
 def test_L13_invariants_of_gradients(backend: Machine) -> None:
     """Rows of dbias sum to 0 where nothing else takes weight; q.dq = k.dk; v scaled scales what is linear in it."""
-    case = replace(BASE, bias="BHqk", bias_dtype="float32", mask="tiles", causal=True)
+    case = replace(BASE, bias="BHqk", bias_dtype="float32", causal=True)
     data = answer(case).data
-    assert data.mask is not None
-    run = {"bias": data.bias, "mask": data.mask.dense, "causal": True}
+    run = {"bias": data.bias, "causal": True}
     given = data.q, data.k, data.v, data.dout
     out, _, dq, dk, _, dbias = everything(backend, *given, **run)
     # delta comes from the rounded out: half a step of it per column.
@@ -242,9 +237,9 @@ def test_C8_a_capped_score_is_still_hidden(backend: Machine) -> None:
 
 def test_B9_padding_holds_anything(backend: Machine) -> None:
     """(B, 1, 1, Lk): the usual padding mask, with NaN in every padded key; bitwise as with zeros."""
-    q, k, v, dout = arrays(9, 40, 130, batch=3)
-    mask = np.arange(130) < np.array([130, 65, 1])[:, None, None, None]
-    hidden = np.broadcast_to(~mask.swapaxes(-1, -2), (3, 2, 130, 1))
+    q, k, v, dout = arrays(9, 9, 70, heads=1, batch=3)
+    mask = np.arange(70) < np.array([70, 65, 1])[:, None, None, None]
+    hidden = np.broadcast_to(~mask.swapaxes(-1, -2), (3, 1, 70, 1))
     zero_k, zero_v = (np.where(hidden, 0, x).astype(np.float16) for x in (k, v))
     want = everything(backend, q, zero_k, zero_v, dout, mask=mask)
     for garbage in (np.nan, np.inf, -np.inf, 6e4):

@@ -267,16 +267,11 @@ def test_F9_a_packed_sequence_drops_as_its_number_says(backend: Machine) -> None
 
 def test_backends_agree_on_a_gradient_with_dropout() -> None:
     """Emulated kernels and the NumPy backend, on the same float16 arrays."""
-    case = replace(BASE, bias="1H1k", sinks="float32")
-    data = answer(case).data
-    wrt = ("q", "k", "v", "bias", "sinks")
-    run = {"bias": data.bias, "sinks": data.sinks, "dropout_p": P, "seed": SEED, "wrt": wrt}
+    data = answer(BASE).data
+    run = {"dropout_p": P, "seed": SEED}
     with Emulator() as machine:
         out, grads = machine.vjp(data.q, data.k, data.v, data.dout, **run)
     other, others = Numpy().vjp(data.q, data.k, data.v, data.dout, **run)
-    for a, b in zip(
-        (out, *grads[:4], grads.sinks), (other, *others[:4], others.sinks), strict=True
-    ):
-        if a is not None:
-            a, b = a.astype(float), b.astype(float)
-            assert abs(a - b).max() <= 8e-3 * max(1.0, abs(b).max())
+    for a, b in zip((out, *grads[:3]), (other, *others[:3]), strict=True):
+        a, b = a.astype(float), b.astype(float)
+        assert abs(a - b).max() <= 8e-3 * max(1.0, abs(b).max())

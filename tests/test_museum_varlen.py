@@ -226,15 +226,15 @@ def test_H11_repeated_ends_are_empty_sequences(backend: Machine) -> None:
 
 def test_G9_packed_gradients_are_reproducible() -> None:
     """In any order of threads, with tiles skipped by causal and by length."""
-    case = Packed(*LENS, replace(BASE, causal=True, bias="1H1k", sinks="own", dropout=0.2))
+    case = Packed(*LENS, replace(BASE, causal=True, sinks="own", dropout=0.2))
     runs = []
     for seed in (0, 5, 11):
         with Emulator(seed=seed) as machine:
             out, lse, grads = packed.check(machine, case, deterministic=True)
             assert grads is not None
-            runs.append([out, lse, *grads[:4], grads.sinks])
+            runs.append([out, lse, *grads[:3], grads.sinks])
     for other in runs[1:]:
-        assert all(a is b is None or same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+        assert all(map(same_bits, runs[0], other))
 
 
 def test_packed_equals_alone_without_packing(backend: Machine) -> None:
@@ -256,20 +256,25 @@ def test_packed_equals_alone_without_packing(backend: Machine) -> None:
 
 
 def test_vjp_of_packed_sequences(backend: Machine) -> None:
-    case = Packed(*LENS, replace(BASE, causal=True, bias="1H1k"), tail_q=2)
+    case = Packed(*LENS, replace(BASE, causal=True, sinks="own"), tail_q=2)
     data = packed.answer(case).data
     given = packed.arrays(case, data)
     q, k, v, dout = (backend.put(given[n]) for n in ("q", "k", "v", "dout"))
     cu = [backend.put(x) for x in case.cu_seqlens()]
-    run = {"causal": True, "bias": backend.put(data.bias), **case.options()}
+    run = {"causal": True, "sinks": backend.put(data.sinks), **case.options()}
     out, pullback = cuflash.attention_varlen_vjp(
-        q, k, v, *cu, wrt=("q", "k", "v", "bias"), deterministic=True, **run
+        q, k, v, *cu, wrt=("q", "k", "v", "sinks"), deterministic=True, **run
     )
     grads = pullback(dout, backend.put(given["dlse"]))
     want = call(backend, case)
     assert same_bits(backend.get(out), want[0])
     assert all(same_bits(backend.get(a), b) for a, b in zip(grads[:3], want[2:], strict=True))
-    assert grads.bias.shape == data.bias.shape
+    assert np.allclose(
+        backend.get(grads.sinks).astype(float),
+        packed.answer(case).exact.grads["sinks"],
+        rtol=5e-3,
+        atol=5e-3,
+    )
 
 
 def test_out_is_written_and_nothing_beside_it(host_backend: Machine) -> None:
