@@ -80,19 +80,20 @@ template <class Source> DEV bool keeps(const Source& source, int row, int key) {
 // A byte per pair, not 0 where the row may see the key.
 struct Dense {
     const u8* base;  // of the head
-    const PairStrides& steps;
-    const Shape& shape;
+    // Into constant memory: a main loop has no registers to keep what it can read there.
+    const PairStrides* steps;
+    const Shape* shape;
 
     template <class Params> DEV_METHOD Dense(const Params& p, const Work& work, int head)
         : base((const u8*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
-          steps(p.values.mask.strides),
-          shape(p.shape) {}
+          steps(&p.values.mask.strides),
+          shape(&p.shape) {}
 
     template <int COUNT> DEV_METHOD u32 bits(int row, int key) const {
-        const u8* from = base + min(row, shape.len_q - 1) * steps.row;
-        const bool aligned = steps.key == 1 && ((u64)base | (u64)steps.row) % COUNT == 0;
+        const u8* from = base + min(row, shape->len_q - 1) * steps->row;
+        const bool aligned = steps->key == 1 && ((u64)base | (u64)steps->row) % COUNT == 0;
         u32 found = 0u;
-        if (aligned && key + COUNT <= shape.len_k) {
+        if (aligned && key + COUNT <= shape->len_k) {
             u32 words[COUNT / 4];
             ld_global_words(words, from + key);
 #pragma unroll
@@ -100,7 +101,7 @@ struct Dense {
         } else {
 #pragma unroll 1
             for (int n = 0; n < COUNT; ++n)
-                found |= (u32)(from[min(key + n, shape.len_k - 1) * steps.key] != 0) << n;
+                found |= (u32)(from[min(key + n, shape->len_k - 1) * steps->key] != 0) << n;
         }
         return found;
     }
@@ -154,10 +155,10 @@ template <class Source> struct Mapped {
     Band band;
     Source source;
     const u32* visible;  // of the tiles in this block's row of the map
-    const i64& plane;    // words from there to the plane of full tiles
+    const i64* plane;    // words from there to the plane of full tiles
 
     template <class Params> DEV_METHOD Mapped(const Params& p, const Work& work, int head)
-        : band(p.shape), source(p, work, head), plane(p.values.mask.map_plane) {
+        : band(p.shape), source(p, work, head), plane(&p.values.mask.map_plane) {
         const MaskParams& values = p.values.mask;
         i64 at = values.map_offset + head * values.map_head + (i64)work.tile * values.map_words;
 #pragma unroll
@@ -177,7 +178,7 @@ template <class Source> struct Mapped {
         return end;
     }
     DEV_METHOD bool hides(int tile) const {
-        return (visible[plane + tile / 32] >> tile % 32 & 1u) == 0u;
+        return (visible[*plane + tile / 32] >> tile % 32 & 1u) == 0u;
     }
     DEV_METHOD bool isolates(Range rows, Range keys, int tile) const {
         return hides(tile) || band.isolates(rows, keys);

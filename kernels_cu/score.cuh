@@ -135,9 +135,9 @@ struct Unmodified {
 template <class Element, bool HAS_BIAS, class Modifier> struct General {
     static constexpr bool FOLDED = false;
     Shaped shaped;
-    // References to constant memory, and little made from it: a main loop has no registers to keep it.
-    const Shape& shape;
-    const PairStrides& steps;
+    // Into constant memory: a main loop has no registers to keep what it can read there.
+    const Shape* shape;
+    const PairStrides* steps;
     int batch, head;
     const u8* bias;  // of the head
     Modifier modifier;
@@ -145,13 +145,13 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     template <class Params>
     DEV_METHOD General(const Params& p, const Work& work, int head_, float slope)
         : shaped(p, work, head_, slope),
-          shape(p.shape),
-          steps(p.values.bias),
+          shape(&p.shape),
+          steps(&p.values.bias),
           batch(work.batch),
           head(head_),
           modifier(p) {
         if constexpr (HAS_BIAS)
-            bias = (const u8*)p.options.bias + (head_offset(work, steps, head) << log2_bytes());
+            bias = (const u8*)p.options.bias + (head_offset(work, *steps, head) << log2_bytes());
     }
 
     DEV_METHOD float folded_factor() const { return 1.f; }
@@ -168,7 +168,7 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
         return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
-        const Shaped shaped = this->shaped.anew(shape);
+        const Shaped shaped = this->shaped.anew(*shape);
         shaped.apply_scale(map, UNIT);
         if constexpr (Modifier::CHANGES)
             map([&](float s, int row, int key) {
@@ -184,8 +184,8 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     // used.
     DEV_METHOD float bias_at(int row, int key) const {
         // opaque: products of steps are not kept from one pair to the next.
-        const int i = opaque(min(row, shape.len_q - 1)), j = opaque(min(key, shape.len_k - 1));
-        const u8* from = bias + ((i * steps.row + j * steps.key) << log2_bytes());
+        const int i = opaque(min(row, shape->len_q - 1)), j = opaque(min(key, shape->len_k - 1));
+        const u8* from = bias + ((i * steps->row + j * steps->key) << log2_bytes());
         return bias_16bit() ? Element::to_float(ld_global_u16((const u16*)from))
                             : ld_global_f32((const float*)from);
     }
@@ -193,18 +193,18 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
   private:
     static constexpr float UNIT = Modifier::CHANGES ? 1.f : LOG2_E;
 
-    DEV_METHOD bool bias_16bit() const { return (shape.flags & FLAG_BIAS_16BIT) != 0; }
+    DEV_METHOD bool bias_16bit() const { return (shape->flags & FLAG_BIAS_16BIT) != 0; }
     DEV_METHOD int log2_bytes() const { return bias_16bit() ? 1 : 2; }
     DEV float with_bias(float log2, float bias) { return fmaf(bias, LOG2_E, log2); }
 
     // The biases of an even key and the next, which lie side by side.
     template <int WORDS> DEV_METHOD void bias_pair(u32 (&words)[WORDS], int row, int key) const {
-        const int i = min(row, shape.len_q - 1);
-        ld_global_words(words, bias + (i * steps.row + key) * (WORDS * 2));
+        const int i = min(row, shape->len_q - 1);
+        ld_global_words(words, bias + (i * steps->row + key) * (WORDS * 2));
     }
     template <class Map> DEV_METHOD void apply_bias(Map map) const {
-        const u64 last_bits = ((u64)bias >> log2_bytes()) | (u64)steps.row;
-        if (steps.key != 1 || last_bits % 2 != 0 || !map.inside(shape.len_k - 1))
+        const u64 last_bits = ((u64)bias >> log2_bytes()) | (u64)steps->row;
+        if (steps->key != 1 || last_bits % 2 != 0 || !map.inside(shape->len_k - 1))
             map.pairs([&](float& x, float& y, int row, int key) {
                 x = with_bias(x, bias_at(row, key)), y = with_bias(y, bias_at(row, key + 1));
             });
