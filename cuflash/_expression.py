@@ -201,7 +201,7 @@ def number_of(token: Token) -> tuple[str, float]:
     if real is not None:
         number = float(real.group(1))
         try:
-            struct.pack("f", number)
+            struct.pack("<f", number)
         except OverflowError:
             raise Fault(
                 ValueError, token.at, f"code has the number {token.text}, and float ends at 3.4e38.",

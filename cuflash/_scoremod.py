@@ -121,10 +121,10 @@ class ScoreMod:
             frozen = MappingProxyType(value) if isinstance(value, dict) else value
             object.__setattr__(self, name, frozen)
 
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
+    def __setattr__(self, name: str, value: Any = None) -> NoReturn:
         raise AttributeError(f"a ScoreMod cannot be changed ({name}): make another one")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    __delattr__ = __setattr__
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _remake, (self.code, dict(self.params), self.fn)
