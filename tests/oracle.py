@@ -157,17 +157,27 @@ class _Head:
         return result | {"q": scale * dscores @ k, "k": scale * dscores.T @ q}
 
     def inherited(self, dout: np.ndarray) -> dict[str, Any]:
-        """What an error in `out` may change in each sum of score gradients, per unit of relative error."""
-        weights = finite_part(self.weights)
-        delta = abs(finite_part(dout) * finite_part(self.out)).sum(axis=-1)
+        """What a relative error of at most 1 in every element of `out` changes in each gradient.
+
+        Roundings of a row's elements are independent and uniform: their sum stays within four
+        standard deviations, and within the sum of their sizes.
+        """
+        weights, terms = finite_part(self.weights), self.terms
+        parts = finite_part(dout) * finite_part(self.out)
+        spread = 4 / math.sqrt(3) * np.sqrt((parts**2).sum(axis=-1))
+        delta = np.minimum(abs(parts).sum(axis=-1), spread)
         dscores = weights * delta[:, None]
-        return {
+        result: dict[str, Any] = {
             "bias": dscores,
             "sinks": (finite_part(self.sink_weight) * delta).sum(),
             "score_params": [
                 (name, at, dscores * abs(finite_part(part))) for name, at, part in self.partials
             ],
         }
+        for factor in self._slopes():
+            dscores = dscores * abs(finite_part(factor))
+        q, k = (abs(finite_part(x)) * abs(terms.scale) for x in (self.q, self.k))
+        return result | {"q": dscores @ k, "k": dscores.T @ q}
 
 
 def _full(x: Any, otherwise: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -225,9 +235,9 @@ class Exact:
 
     `gross` holds, for "out" and every gradient, the sum of its terms without their signs: the
     yardstick of how much of a float32 rounding error a result can inherit although little of the
-    terms is left after they cancel. `inherited` holds, for sums of score gradients, how much of a
-    relative rounding error of `out` they inherit at most. `pairs` is the number of scores, hidden
-    ones included.
+    terms is left after they cancel. `inherited` holds how much of a relative rounding error of `out`
+    a gradient inherits at most. `pairs` is the number of scores, hidden ones included; `dropped`
+    tells whether there was dropout.
     """
 
     out: np.ndarray
@@ -236,6 +246,7 @@ class Exact:
     gross: dict[str, np.ndarray]
     inherited: dict[str, np.ndarray]
     pairs: int
+    dropped: bool = False
 
 
 def exact(q: Any, k: Any, v: Any, dout: Any = None, *, dlse: Any = None, **options: Any) -> Exact:
@@ -282,7 +293,8 @@ def exact(q: Any, k: Any, v: Any, dout: Any = None, *, dlse: Any = None, **optio
     for table in (grads, gross, inherited):
         for name in given:
             table[name] = unbroadcast(table[name], np.shape(options[name]))
-    return Exact(out, lse, grads, gross, inherited, lse.size * k.shape[-2])
+    pairs, dropped = lse.size * k.shape[-2], options.get("keep") is not None
+    return Exact(out, lse, grads, gross, inherited, pairs, dropped)
 
 
 def forward(q: Any, k: Any, v: Any, **options: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -172,7 +172,8 @@ def answer(packed: Packed, dlse: bool = True) -> PackedAnswer:
         lse[:, at_q] = exact.lse[0]
     out = tables["grads"].pop("out")
     pairs = case.heads * sum(n * m for n, m in zip(packed.lens_q, packed.lens_k, strict=True))
-    exact = oracle.Exact(out, lse, tables["grads"], tables["gross"], tables["inherited"], pairs)
+    parts = (tables[part] for part in ("grads", "gross", "inherited"))
+    exact = oracle.Exact(out, lse, *parts, pairs, dropped=bool(case.dropout))
     return PackedAnswer(data, exact, tables["honest"])
 
 
