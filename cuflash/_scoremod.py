@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -46,7 +46,7 @@ class ScoreMod:
         As given; `params` is read-only.
     arrays, scalars : mapping
         The params that are arrays and those that are numbers, each in the order of their names.
-    key : hashable
+    key : tuple
         All that kernels depend on: code, names, ranks, kinds of numbers. Neither values nor lengths.
 
     Raises
@@ -98,7 +98,7 @@ class ScoreMod:
     arrays: Mapping[str, Any]
     scalars: Mapping[str, int | float]
     parsed: Parsed
-    key: Hashable
+    key: tuple[str, tuple[tuple[str, str, int | None], ...]]
 
     def __init__(
         self,

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from cuflash._expression import ALIASES, FLOAT, Parsed, Token, number_of
+from cuflash._expression import ALIASES, FLOAT, Symbol, Token, number_of
+from cuflash._expression_parser import parse
 from cuflash._scoremod import ScoreMod
 from cuflash._scoremod_checks import OWN_PREFIX
 
@@ -33,25 +34,25 @@ def source(score_mod: ScoreMod) -> str:
         Includes score_mod.cuh. Equal for equal `score_mod.key`. Array n of the kernels' params is the
         n-th of `score_mod.arrays`, scalar n the n-th of `score_mod.scalars`.
     """
-    arrays = tuple((name, array.ndim) for name, array in score_mod.arrays.items())
-    scalars = tuple((name, isinstance(x, int)) for name, x in score_mod.scalars.items())
-    return _source(score_mod.parsed, arrays, scalars)
+    return _source(score_mod.key)
 
 
 @functools.lru_cache(maxsize=256)
-def _source(
-    parsed: Parsed, arrays: tuple[tuple[str, int], ...], scalars: tuple[tuple[str, bool], ...]
-) -> str:
-    rank = dict(arrays)
-    number = {name: n for n, (name, _) in enumerate(arrays)}
-    views = [_declared(name, name, number, rank, _NUMBER, -1) for name, _ in arrays]
+def _source(key: tuple[str, tuple[tuple[str, str, int | None], ...]]) -> str:
+    """The same, from a ScoreMod's key."""
+    code, params = key
+    symbols = {name: Symbol(kind, rank) for name, kind, rank in params}
+    parsed = parse(code, symbols)
+    arrays = {name: symbol.rank for name, symbol in symbols.items() if symbol.rank is not None}
+    scalars = [(name, symbol.kind) for name, symbol in symbols.items() if symbol.rank is None]
+    number = {name: n for n, name in enumerate(arrays)}
+    views = [_declared(name, name, number, arrays, _NUMBER, -1) for name in arrays]
     numbers = [
-        f"const {'int' if is_int else 'float'} {name} = "
-        f"expression::{'int' if is_int else 'float'}_scalar(this->options, {n});"
-        for n, (name, is_int) in enumerate(scalars)
+        f"const {kind} {name} = expression::{kind}_scalar(*this->options, {n});"
+        for n, (name, kind) in enumerate(scalars)
     ]
     sites = [
-        _declared(f"{OWN_PREFIX}{n}", name, number, rank, _NUMBER, n)
+        _declared(f"{OWN_PREFIX}{n}", name, number, arrays, _NUMBER, n)
         for n, name in enumerate(parsed.sites)
     ]
     owners = ", ".join(str(number[name]) for name in parsed.sites) or "0"
@@ -66,10 +67,10 @@ def _source(
         f"        constexpr int owners[] = {{{owners}}};\n"
         "        return owners[site];\n"
         "    }\n"
-        "    const OptionPointers& options;\n"
-        "    const ScoreModParams& values;\n"
+        "    const OptionPointers* options;  // pointers, so that a score can be assigned\n"
+        "    const ScoreModParams* values;\n"
         "    template <class Params> DEV_METHOD explicit Score(const Params& p)\n"
-        "        : options(p.options), values(p.values.score) {}\n"
+        "        : options(&p.options), values(&p.values.score) {}\n"
         f"    DEV_METHOD float value(float s, {_PLACE}) const {{\n"
         "        return at(Dual<0>(s), b, h, i, j).value;\n"
         "    }\n"
@@ -102,7 +103,7 @@ def _declared(
         where = f", {OWN_PREFIX}sites"
     return (
         f"const auto {variable} = expression::{function}"
-        f"(this->options, this->values, {number[name]}{where});"
+        f"(*this->options, *this->values, {number[name]}{where});"
     )
 
 
