@@ -165,11 +165,12 @@ DEV void add_probability_value_product(Accumulator<M16, O8>& o,
 
 // A warp's scores in the tile that begins at (first_row, first_key).
 template <int M16, int N8> struct ScoreMap {
+    static constexpr int KEYS = N8 * 8;
     Accumulator<M16, N8>& s;
     int first_row, first_key;
 
     // Do all keys of the tile exist?
-    DEV_METHOD bool inside(int last_key) const { return first_key + N8 * 8 - 1 <= last_key; }
+    DEV_METHOD bool inside(int len_k) const { return first_key + KEYS <= len_k; }
     // Makes every x of them f(x, row, key).
     template <class Function> DEV_METHOD void operator()(Function f) const {
         const unsigned thread = fresh_thread_id(), lane = thread % 32;
@@ -200,6 +201,27 @@ template <int M16, int N8> struct ScoreMap {
                 // are not there.
                 __syncwarp();
             }
+    }
+    // The same for arrays of 16-bit elements: load(word, row, key) gets 8 neighbouring keys in one
+    // load, and f(x, y, pair) two of them. A lane loads where its four neighbours' elements are, and
+    // they trade: loads are few and wide, every byte of a sector is used.
+    template <class Load, class Function> DEV_METHOD void octets(Load load, Function f) const {
+        static_assert(N8 % 4 == 0, "four lanes load 32 keys");
+        const unsigned thread = fresh_thread_id(), lane = thread % 32;
+        const int row = opaque(first_row + thread / 32 * (16 * M16) + lane / 4);
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int n = 0; n < N8; n += 4) {
+                    u32 word[4];
+                    load(word, row + m * 16 + half * 8, first_key + n * 8 + (int)(lane % 4) * 8);
+                    transpose_4x4(word);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        f(s.x[m][n + i][2 * half], s.x[m][n + i][2 * half + 1], word[i]);
+                }
     }
     // Makes those -inf that a mask's source hides. Each of the four lanes of a row asks for a
     // quarter of the row's bits, and tells the others.

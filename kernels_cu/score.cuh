@@ -197,31 +197,33 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     DEV_METHOD int log2_bytes() const { return bias_16bit() ? 1 : 2; }
     DEV float with_bias(float log2, float bias) { return fmaf(bias, LOG2_E, log2); }
 
-    // The biases of an even key and the next, which lie side by side.
-    template <int WORDS> DEV_METHOD void bias_pair(u32 (&words)[WORDS], int row, int key) const {
-        const int i = min(row, shape->len_q - 1);
-        ld_global_words(words, bias + (i * steps->row + key) * (WORDS * 2));
-    }
     template <class Map> DEV_METHOD void apply_bias(Map map) const {
-        const u64 last_bits = ((u64)bias >> log2_bytes()) | (u64)steps->row;
-        if (steps->key != 1 || last_bits % 2 != 0 || !map.inside(shape->len_k - 1))
-            map.pairs([&](float& x, float& y, int row, int key) {
-                x = with_bias(x, bias_at(row, key)), y = with_bias(y, bias_at(row, key + 1));
-            });
-        else if (bias_16bit())
-            map.pairs([&](float& x, float& y, int row, int key) {
-                u32 word[1];
-                bias_pair(word, row, key);
-                const float2 pair = unpack<Element>(word[0]);
-                x = with_bias(x, pair.x), y = with_bias(y, pair.y);
-            });
-        else
-            map.pairs([&](float& x, float& y, int row, int key) {
+        const bool wide_loads = steps->key == 1 && map.inside(shape->len_k);
+        const auto row_of = [&](int row, int key) {
+            return bias + ((min(row, shape->len_q - 1) * steps->row + key) << log2_bytes());
+        };
+        if constexpr (Map::KEYS % 32 == 0)
+            if (wide_loads && bias_16bit() && aligned(8))
+                return map.octets([&](u32(&word)[4], int row,
+                                      int key) { ld_global_words(word, row_of(row, key)); },
+                                  [&](float& x, float& y, u32 word) {
+                                      const float2 pair = unpack<Element>(word);
+                                      x = with_bias(x, pair.x), y = with_bias(y, pair.y);
+                                  });
+        if (wide_loads && !bias_16bit() && aligned(2))
+            return map.pairs([&](float& x, float& y, int row, int key) {
                 u32 words[2];
-                bias_pair(words, row, key);
+                ld_global_words(words, row_of(row, key));
                 x = with_bias(x, __uint_as_float(words[0]));
                 y = with_bias(y, __uint_as_float(words[1]));
             });
+        map.pairs([&](float& x, float& y, int row, int key) {
+            x = with_bias(x, bias_at(row, key)), y = with_bias(y, bias_at(row, key + 1));
+        });
+    }
+    // Do rows begin at multiples of so many elements?
+    DEV_METHOD bool aligned(int elements) const {
+        return (((u64)bias >> log2_bytes()) | (u64)steps->row) % elements == 0;
     }
 };
 

@@ -101,6 +101,23 @@ template <class Element, int M16, int N8> struct RoundedOperand {
     }
 };
 
+// Word j of lane i of every four lanes becomes word i of lane j.
+DEV void transpose_4x4(u32 (&word)[4]) {
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const bool upper = lane_id() & step;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i & step) continue;
+            const u32 got = __shfl_xor_sync(FULL_WARP, upper ? word[i] : word[i + step], step);
+            if (upper)
+                word[i] = got;
+            else
+                word[i + step] = got;
+        }
+    }
+}
+
 // ---- global memory ------------------------------------------------------------------------------
 
 // [rows, columns] of one head: element (r, c) at base[r * stride + c]. `vector`: every row is
