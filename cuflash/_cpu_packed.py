@@ -66,7 +66,8 @@ class _Packing:
     @property
     def units(self) -> int:
         """How many pairs of sequence and kv head have rows: at most so many units."""
-        return int(np.count_nonzero(np.diff(self.cu_q))) * self.heads_kv
+        heads = self.heads_kv if self.heads else 0
+        return int(np.count_nonzero(np.diff(self.cu_q))) * heads
 
     def groups(self) -> Iterator[_Group]:
         """All sequences with rows, by their lengths."""

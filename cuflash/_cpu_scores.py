@@ -133,9 +133,13 @@ class Alibi(Summand):
         super().__init__("alibi_slopes", OptionSum(slopes, shape, axes, dtype) if wanted else None)
         self.slopes = Spread.reading(slopes.reshape(shape), axes)
         self.dtype = dtype
+        self.farthest = int(np.finfo(dtype).max) // 2
 
     def _distance(self, place: Place) -> np.ndarray:
-        shift = float(place.q0 + place.unit.q_offset - place.k0)
+        # Finite in the tile's dtype, so that a slope of 0 adds 0.
+        shift = float(
+            max(-self.farthest, min(self.farthest, place.q0 + place.unit.q_offset - place.k0))
+        )
         rows, keys = place.q1 - place.q0, place.k1 - place.k0
         row = np.arange(rows, dtype=np.float64)[:, None] + shift
         return np.abs(row - np.arange(keys)).astype(self.dtype)

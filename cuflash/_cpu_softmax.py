@@ -77,12 +77,14 @@ class OnlineSoftmax:
         """
         assert self.maximum is not None and self.sum is not None
         if sink is not None:
+            # A row without keys has lse = sink and out = 0 even where the sink is inf or NaN.
+            alone = np.isneginf(self.maximum)
             maximum = np.maximum(self.maximum, sink)
-            shift = np.where(np.isneginf(maximum), 0, maximum)
+            shift = np.where(alone, 0, maximum)
             rescale = np.exp(self.maximum - shift)
-            self.sum = self.sum * rescale + np.exp(sink - shift)
+            self.sum = np.where(alone, 1, self.sum * rescale + np.exp(sink - shift))
             self.total *= rescale
-            self.maximum = maximum
+            self.maximum = np.where(alone, sink, maximum)
         self.total /= np.where(self.sum == 0, 1, self.sum)
         if factor != 1:
             self.total *= factor

@@ -93,11 +93,12 @@ class Tiling:
     def of(cls, shape: Shape, block: int | None = None) -> Tiling:
         """`block`: rows of a block mask's blocks, or None."""
         # At least one of everything: empty calls have no tiles, but nothing may divide by zero.
-        rows = -(-TILE_ROWS // shape.group)
+        group = max(1, shape.group)
+        rows = -(-TILE_ROWS // group)
         if block is not None:
             rows = _rows_in_blocks(rows, block)
         rows = max(1, min(shape.len_q, rows))
-        stacked = rows * shape.group
+        stacked = rows * group
         per_key = stacked + shape.dim + shape.dim_v
         # A few rows (decoding) make short work of a tile, so it may as well be long.
         longest = TILE_KEYS if stacked > 64 else max(TILE_KEYS, TILE_ELEMENTS // per_key)

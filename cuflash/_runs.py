@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from cuflash import _cpu
 from cuflash._arrangement import Arrangement
 from cuflash._device import Device
@@ -187,9 +185,6 @@ def with_head_axis(x: Any) -> Any:
 def cpu_options(problem: Problem, options: Sequence[Any], extra: Extra) -> Options:
     """What the CPU backend reads of a call."""
     mask, bias, slopes, sinks, seed = options
-    if mask is not None:
-        pairs = (*problem.batch, problem.heads, problem.len_q, problem.len_k)
-        mask = np.broadcast_to(mask, pairs)
     dropout = None
     if problem.dropout_p > 0:
         number = extra.seed if seed is None else int(seed.reshape(-1)[0])
