@@ -81,7 +81,10 @@ def real(name: str, value: Any, seen: Seen) -> float:
         raise seen.error(
             TypeError, f"{name} is {kind_of(value)}, not a real number.", f"pass {name} as a float."
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float64
+        number = math.inf if value > 0 else -math.inf
     if not math.isfinite(number):
         raise seen.error(
             ValueError, f"{name} is {number}, which is not finite.", "a finite number."
@@ -179,12 +182,8 @@ def wrt(
     parameters = parameters or {}
     arrays = tuple(name for name, is_array in parameters.items() if is_array)
     way_out = f"a tuple of names out of {GRADIENT_NAMES + arrays}."
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise seen.error(TypeError, f"wrt is {kind_of(value)}, not a tuple of names.", way_out)
-    names = tuple(value)
-    for name in names:
-        if not isinstance(name, str):
-            raise seen.error(TypeError, f"wrt holds {kind_of(name)}, not only names.", way_out)
+    given_names = names(value, seen, way_out)
+    for name in given_names:
         if parameters.get(name) is False:
             raise seen.error(
                 ValueError,
@@ -201,7 +200,18 @@ def wrt(
                 f"wrt names {name!r}, and {name} was not given.",
                 f"pass {name}=, or drop it from wrt.",
             )
-    return tuple(name for name in GRADIENT_NAMES + arrays if name in names)
+    return tuple(name for name in GRADIENT_NAMES + arrays if name in given_names)
+
+
+def names(value: Any, seen: Seen, way_out: str = f"a tuple out of {GRADIENT_NAMES}.") -> list[str]:
+    """The entries of a wrt that holds nothing but strings."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise seen.error(TypeError, f"wrt is {kind_of(value)}, not a tuple of names.", way_out)
+    found = list(value)
+    for name in found:
+        if not isinstance(name, str):
+            raise seen.error(TypeError, f"wrt holds {kind_of(name)}, not only names.", way_out)
+    return found
 
 
 # ---- arrays

@@ -85,11 +85,12 @@ class Seen:
         # `==` on what users pass by mistake may be an array of its own; identity and type are
         # enough here.
         told = [
-            f"{name}={value!r}"
+            f"{name}={brief(value)}"
             for name, value in self.options.items()
             if value is not None
             and value is not False
             and not (name == "layout" and _is(value, "HLD"))
+            and not (name == "dropout_p" and isinstance(value, (int, float)) and value == 0)
         ]
         if told:
             yield f"  {', '.join(told)}"
@@ -108,6 +109,12 @@ class Seen:
             return ""
         names = ["batch"] if batch == 1 else [f"batch{n}" for n in range(batch)]
         return f"   ({', '.join(names + axes)})"
+
+
+def brief(value: Any) -> str:
+    """The first line of what `repr` says: a BlockMask draws its blocks on the others."""
+    first, *rest = repr(value).splitlines() or [""]
+    return f"{first} ..." if rest else first
 
 
 def _is(value: Any, text: str) -> bool:

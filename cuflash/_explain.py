@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cuflash import _prepare
+from cuflash import _checks, _prepare
 from cuflash._arrays import Meta, adopt
 from cuflash._device import Device
 from cuflash._errors import Seen
@@ -133,7 +133,8 @@ dropout_p, seed, layout
     names = (*_ARRAYS, *(SCORE_PREFIX + name for name in extra.score_arrays))
     objects = (q, k, v, mask, bias, alibi_slopes, sinks, seed, *extra.score_arrays.values())
     arrays, device = adopt(names, objects, 3, lambda: options)
-    seen = Seen(dict(zip(names, arrays, strict=True)), options)
+    seen = Seen(dict(zip(names, arrays, strict=True)), {**options, **extra.told})
+    backward = _checks.flag("backward", backward, seen)
     metas = {
         name: _prepare.meta_of(array, device is not None)
         for name, array in zip(names, arrays, strict=True)
@@ -289,7 +290,8 @@ def _cpu(problem: Problem) -> Iterator[str]:
         problem.head_dim,
         problem.head_dim_v,
     )
-    tiling = Tiling.of(shape)
+    block = problem.mask.block_size[0] if problem.mask is not None else 0
+    tiling = Tiling.of(shape, block or None)
     heads = min(tiling.heads, problem.heads_kv)
     stacked = f" x {group} heads" if group > 1 else ""
     yield (

@@ -34,6 +34,12 @@ class Extra(NamedTuple):
         return pattern, modifier, self.seed is not None
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What of it was given, by argument name, for messages."""
+        told = {"mask": self.blocks, "score_mod": self.score_mod, "seed": self.seed}
+        return {name: value for name, value in told.items() if value is not None}
+
+    @property
     def score_arrays(self) -> dict[str, Any]:
         """Parameter arrays of the score expression by name."""
         return {} if self.score_mod is None else dict(self.score_mod.arrays)

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _cache, _compile, _explain
+from cuflash import _cache, _checks, _compile, _dtypes, _explain
 from cuflash._arrays import Meta
 from cuflash._device import Limits, device_override
-from cuflash._errors import Seen
+from cuflash._errors import Seen, brief, kind_of
 from cuflash._extras import split
 from cuflash._problem import SCORE_PREFIX, Problem
 from cuflash._system import cupy_or_reason
@@ -135,20 +135,19 @@ def warmup(
         "dropout_p": dropout_p,
         "deterministic": deterministic,
     }
+    told = {"shapes": shapes, "dtype": dtype, "wrt": wrt, "mask": mask, "arch": arch}
     given = {"bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    names = dict.fromkeys([*wrt, *(name for name, passed in given.items() if passed)])
-    options["wrt"] = tuple(names)
-    side = [name for name, passed in given.items() if passed]
-    if mask not in (None, "dense", "blocks"):
-        raise Seen({}, {"mask": mask}).error(
-            ValueError,
-            f"mask is {mask!r}, not one of None, 'dense', 'blocks'.",
-            "'dense' for bool arrays, 'blocks' for BlockMasks.",
-        )
+    seen = Seen({}, {**options, **told, **given})
+    side = [name for name, passed in given.items() if _checks.flag(name, passed, seen)]
+    options["wrt"] = tuple(dict.fromkeys([*_checks.names(wrt, seen), *side]))
+    backward = _checks.flag("backward", backward, seen)
+    layout = _checks.layout(layout, seen)
+    _check_words(mask, arch, seen)
+    triples, kinds = _triples(shapes, seen), _dtypes_of(dtype, seen)
     problems = [
         problem
-        for triple in shapes
-        for kind in _dtypes_of(dtype)
+        for triple in triples
+        for kind in kinds
         for problem in _problems(triple, kind, side, mask, score_mod, backward, options)
     ]
     device = None
@@ -172,10 +171,49 @@ def warmup(
     return Warmed(arch, tuple(kernels), f"kept in {_cache.directory()}")
 
 
-def _dtypes_of(dtype: Any) -> list[np.dtype]:
+def _check_words(mask: Any, arch: Any, seen: Seen) -> None:
+    if mask is not None and not (isinstance(mask, str) and mask in ("dense", "blocks")):
+        raise seen.error(
+            ValueError,
+            f"mask is {brief(mask)}, not one of None, 'dense', 'blocks'.",
+            "'dense' for bool arrays, 'blocks' for BlockMasks.",
+        )
+    if not (arch is None or isinstance(arch, str)):
+        raise seen.error(TypeError, f"arch is {kind_of(arch)}, not a str.", 'such as "sm_90a".')
+
+
+def _triples(shapes: Any, seen: Seen) -> list[tuple[Shape, Shape, Shape]]:
+    """Shapes of q, k and v of each call."""
+    way_out = "[(q_shape, k_shape, v_shape), ...], each a tuple of ints of at least 2 axes."
+    if not hasattr(shapes, "__iter__"):
+        raise seen.error(TypeError, f"shapes is {kind_of(shapes)}, not a list.", way_out)
+    found: list[Any] = []
+    for triple in shapes:
+        if not hasattr(triple, "__len__") or not all(hasattr(x, "__len__") for x in triple):
+            raise seen.error(TypeError, f"shapes holds {brief(triple)}, not three shapes.", way_out)
+        if len(triple) != 3:
+            raise seen.error(
+                ValueError, f"shapes holds {len(triple)} shapes for a call of 3 arrays.", way_out
+            )
+        found.append(tuple(tuple(_checks.integer("shapes", n, seen) for n in x) for x in triple))
+        for shape in found[-1]:
+            if len(shape) < 2 or min(shape) < 0:
+                raise seen.error(ValueError, f"shapes holds {shape}.", way_out)
+    return found
+
+
+def _dtypes_of(dtype: Any, seen: Seen) -> list[np.dtype]:
     """One dtype or several, names of ml_dtypes included (importing it registers "bfloat16")."""
     several = isinstance(dtype, Sequence) and not isinstance(dtype, str)
-    return [np.dtype(one) for one in (dtype if several else [dtype])]
+    found = []
+    for one in dtype if several else [dtype]:
+        try:
+            found.append(np.dtype(one))
+        except TypeError:
+            raise seen.error(
+                TypeError, f"dtype is {one!r}, which is none.", f"one of {_dtypes.NAMES}."
+            ) from None
+    return found
 
 
 def _problems(
