@@ -187,7 +187,13 @@ class BlockMask(Conversions, Builders, Patterns, Picture):
         -------
         array (*lead, q1 - q0, k1 - k0)
             Bool.
+
+        Raises
+        ------
+        ValueError
+            The tile reaches beyond the mask.
         """
+        checks.tile((q0, q1), (k0, k1), self.shape)
         slots = tiles.select(self.slots, index)
         return tiles.elements(self._grid, self.bits, slots, q0, q1, k0, k1)
 
@@ -196,6 +202,7 @@ class BlockMask(Conversions, Builders, Patterns, Picture):
 
         Exact also inside partial blocks; elements are looked at only where blocks do not tell.
         """
+        checks.tile((q0, q1), (k0, k1), self.shape)
         slots = tiles.select(self.slots, index)
         return tiles.state(self._grid, self.bits, slots, q0, q1, k0, k1)
 

@@ -10,8 +10,9 @@ import numpy as np
 from cuflash import _arrays, _checks
 from cuflash._errors import Seen, kind_of, shown_dtype
 
-# Sums of a position, an offset and a window stay inside int64.
-_FAR = 2**61
+# Sums of a position, an offset and a window stay inside int64, and no window without a bound ends
+# before the farthest offset.
+_FAR, _FARTHEST_OFFSET = 2**61, 2**60
 
 
 def block_size(value: Any, seen: Seen) -> tuple[int, int]:
@@ -80,10 +81,10 @@ def position(value: Any, lengths: tuple[int, int], seen: Seen) -> int:
     if value is None:
         return lengths[1] - lengths[0]
     offset = _checks.integer("q_offset", value, seen)
-    if abs(offset) > _FAR:
+    if abs(offset) > _FARTHEST_OFFSET:
         raise seen.error(
             ValueError,
-            f"q_offset is {offset}, and a BlockMask holds offsets up to 2**61 either way.",
+            f"q_offset is {offset}, and a BlockMask holds offsets up to 2**60 either way.",
             f"q_offset between {-lengths[0]} and {lengths[1]}: beyond, no row meets a key.",
         )
     return offset
@@ -94,6 +95,18 @@ def window(value: Any, dilation: int, seen: Seen) -> tuple[int, int]:
     left, right = _checks.band(False, value, seen)
     sides = [_FAR if side is None else min(side * dilation, _FAR) for side in (left, right)]
     return sides[0], sides[1]
+
+
+def tile(rows: tuple[int, int], keys: tuple[int, int], lengths: tuple[int, int]) -> None:
+    """Ranges of queries and keys that lie inside the mask."""
+    for what, (start, stop), length in zip(("queries", "keys"), (rows, keys), lengths, strict=True):
+        if not 0 <= start <= stop <= length:
+            seen = Seen({}, {"queries": rows, "keys": keys})
+            raise seen.error(
+                ValueError,
+                f"tile of {what} {start}:{stop}, and the mask has {length} {what}.",
+                f"0 <= start <= stop <= {length}.",
+            )
 
 
 def array(name: str, value: Any, kinds: str, what: str, seen: Seen) -> np.ndarray:
@@ -125,7 +138,14 @@ def bools(name: str, value: Any, least: int, seen: Seen) -> np.ndarray:
 def integers(name: str, value: Any, seen: Seen) -> np.ndarray:
     """An int64 array on the host, from an array or a list of ints."""
     if isinstance(value, (list, tuple, range)):
-        value = np.asarray(value if len(value) else np.empty(0, np.int64))
+        try:
+            value = np.asarray(value if len(value) else np.empty(0, np.int64))
+        except ValueError:
+            raise seen.error(
+                ValueError,
+                f"{name} has rows of several lengths.",
+                "rows of equal length, or one list.",
+            ) from None
     found = array(name, value, "iu", "an integer dtype", seen)
     if found.dtype == np.uint64 and found.size and int(found.max()) > np.iinfo(np.int64).max:
         raise seen.error(ValueError, f"{name} goes beyond int64.", "smaller numbers.")
