@@ -159,6 +159,8 @@ def prepared(
         call = _calls.get(key)
     except TypeError:  # an option such as a 0-d array: right or refused, but never warm
         key = call = None
+    if values[1] is not None and type(values[1]) is not tuple:
+        key = None  # an iterator: equal to itself, though not what it was
     if call is None:
         call = prepare(direction, device, names, arrays, values, extra)
         if key is not None:
@@ -184,11 +186,7 @@ def seen_of(
 ) -> Seen:
     """The arguments, for messages."""
     options = dict(zip(OPTIONS[direction], values, strict=True))
-    if options["dropout_p"] == 0:
-        del options["dropout_p"]
-    told = {"mask": extra.blocks, "score_mod": extra.score_mod, "seed": extra.seed}
-    options |= {name: value for name, value in told.items() if value is not None}
-    return Seen(dict(zip(names, arrays, strict=True)), options)
+    return Seen(dict(zip(names, arrays, strict=True)), {**options, **extra.told})
 
 
 def prepare(

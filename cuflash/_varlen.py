@@ -356,6 +356,7 @@ def _bounds(
     told = {"max_seqlen_q": given[0], "max_seqlen_k": given[1], "layout": layout}
     adopted, _ = _arrays.adopt(names, arrays, 4, lambda: told)
     seen = Seen(dict(zip(names, adopted, strict=True)), told)
+    layout = _checks.layout(layout, seen)
     wanted = [
         None if value is None else _packed_checks.longest(name, value, seen)
         for name, value in list(told.items())[:2]
