@@ -112,7 +112,7 @@ def covering_options(**changed: Sequence[Any]) -> list[Case]:
 VARIANT_FACTORS: dict[str, Sequence[Any]] = {
     "mask": [None, "tiles", "blocks_partial"],
     "bias": [None, "BHqk"],
-    "score_mod": [None, "table", "curved"],
+    "score_mod": [None, "table"],
     "sinks": [None, "own"],
     "dropout": [0.0, 0.17],
 }

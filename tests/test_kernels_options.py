@@ -31,12 +31,12 @@ KINDS = [
 ]
 PLACES = {
     "sm_80": [
-        *(case for case in OPTIONS if case.score_mod in (None, "relative", "gates", "branch")),
-        *(replace(case, dtype="bfloat16") for case in KINDS),
+        *(case for case in OPTIONS if case.score_mod in (None, "gates", "curved")),
+        *(replace(case, dtype="bfloat16") for case in (KINDS[0], KINDS[2])),
         replace(KINDS[0], head_dim=40, len_q=129, dropout=0.5),
         replace(KINDS[1], head_dim=128, len_q=65, len_k=130, causal=True),
     ],
-    "sm_75": [KINDS[0], KINDS[1], KINDS[2]],
+    "sm_75": [KINDS[1], KINDS[2]],
     "sm_90a": [KINDS[1], KINDS[4]],
 }
 

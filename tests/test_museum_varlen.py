@@ -256,12 +256,13 @@ def test_packed_equals_alone_without_packing(backend: Machine) -> None:
 
 
 def test_vjp_of_packed_sequences(backend: Machine) -> None:
-    case = Packed(*LENS, replace(BASE, causal=True, sinks="own"), tail_q=2)
+    case = Packed(*LENS, replace(BASE, causal=True, sinks="own", dropout=0.2), tail_q=2)
     data = packed.answer(case).data
     given = packed.arrays(case, data)
     q, k, v, dout = (backend.put(given[n]) for n in ("q", "k", "v", "dout"))
     cu = [backend.put(x) for x in case.cu_seqlens()]
     run = {"causal": True, "sinks": backend.put(data.sinks), **case.options()}
+    run |= {"dropout_p": 0.2, "seed": case.batched.dropout_seed}
     out, pullback = cuflash.attention_varlen_vjp(
         q, k, v, *cu, wrt=("q", "k", "v", "sinks"), deterministic=True, **run
     )
