@@ -194,8 +194,7 @@ def differentiate(
 ) -> None:
     """Add up the gradients of all parts.
 
-    Each unit is one thread's: the sums over its rows have one order, however many there are. A call
-    of one unit leaves its products to the threads of BLAS.
+    Each unit is one thread's: the sums over its rows have one order, however many there are.
 
     Parameters
     ----------

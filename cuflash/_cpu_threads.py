@@ -129,7 +129,10 @@ def run(
         Called once per thread with a function that says whether to give up; returns what does an
         item, with buffers of its own.
     threads
-        1: in this thread, with BLAS left as it is.
+        1: in this thread alone.
+
+    Products have one thread of BLAS each, also in a call that has one thread: BLAS's sums depend on
+    its threads, whose number another call may lower for the whole process at any time.
 
     Raises
     ------
@@ -137,11 +140,8 @@ def run(
         The first that an item raised, or KeyboardInterrupt; no thread is left running.
     """
     team = _Team(items, worker)
-    if threads == 1:
-        team.work()
-    else:
-        with BLAS.single():
-            team.work_with(threads - 1)
+    with BLAS.single():
+        team.work_with(threads - 1)
     error, team.error = team.error, None
     if error is not None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,13 +126,12 @@ def test_M13_a_launch_that_fails_raises(monkeypatch: pytest.MonkeyPatch) -> None
     q, k, v, _ = arrays(13)
     with Emulator() as machine:
         machine.attention(q, k, v)
-        launch = cuflash._launch.Step.__call__
+        launch = cuflash._launch.run
 
-        def greedy(step: Any, pointers: Any) -> None:
-            object.__setattr__(step, "shared_memory", 10**6)
-            launch(step, pointers)
+        def greedy(steps: Any, pointers: Any) -> None:
+            launch([replace(step, shared_memory=10**6) for step in steps], pointers)
 
-        monkeypatch.setattr(cuflash._launch.Step, "__call__", greedy)
+        monkeypatch.setattr(cuflash._launch, "run", greedy)
         with pytest.raises(LaunchError):
             machine.attention(q, k, v)
 
