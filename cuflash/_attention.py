@@ -25,6 +25,7 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    precision: str | None = None,
     layout: str = "HLD",
     return_lse: bool = False,
     out: Any = None,
@@ -76,6 +77,10 @@ def attention(
     seed : int or uint64 array of one element
         Of dropout, needed when `dropout_p > 0`. An array is read when the kernel runs, so that
         replays of a CUDA graph may differ. `dropout_mask` gives the weights that a seed keeps.
+    precision : {"ieee", "tf32"}, optional
+        How products of float32 inputs are formed: with the accuracy of float32 (the default), or from
+        factors of 10 mantissa bits, faster on GPUs that have TF32 (relative error about 1e-3). Turing
+        and NumPy have not, and compute "ieee" for both.
     layout : {"HLD", "LHD"}
         Order of the last three axes of q, k, v and out. "LHD" is (*B, L, H, D), as FlashAttention
         and JAX have it; lse, mask, bias and alibi_slopes keep their shapes. Arrays of two axes are (L, D) in
@@ -166,7 +171,7 @@ def attention(
     call, arrays = prepared(
         "forward",
         (q, k, v, mask, bias, alibi_slopes, sinks, seed, out),
-        (causal, window, q_offset, scale, softcap, layout, dropout_p, return_lse),
+        (causal, window, q_offset, scale, softcap, layout, dropout_p, precision, return_lse),
         extra,
     )
     result, lse = call.run(arrays, extra)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cuflash import _tuning
+from cuflash import _tuning, _tuning_wide
 from cuflash._compile import Specialization
 from cuflash._device import Limits
 from cuflash._errors import UnsupportedError
@@ -18,7 +18,10 @@ from cuflash._plan_values import Launch, Plan, Schedule
 from cuflash._problem import Problem
 from cuflash._variants import Variant, variant_of
 
-ELEMENTS = {"float16": "f16", "bfloat16": "bf16"}
+# The element trait of a dtype; float32 has another one for precision="tf32".
+ELEMENTS = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+TF32 = "f32tf32"
+ITEM_BYTES = {"f16": 2, "bf16": 2, "f32": 4, TF32: 4, "f64": 8}
 
 # Compiled head dims. A kernel serves every true head dim up to its own (columns beyond are zero).
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
@@ -37,6 +40,13 @@ def dim_pair(head_dim: int, head_dim_v: int) -> tuple[int, int]:
     return bucket, bucket
 
 
+def element_of(problem: Problem, arch: str) -> str:
+    """The element trait that computes a Problem. Turing has no TF32: there "tf32" is float32."""
+    if problem.precision == "tf32" and arch != "sm_75":
+        return TF32
+    return ELEMENTS[problem.dtype]
+
+
 def common_refusals(problem: Problem, arch: str) -> list[str]:
     """What no kernel of the family can do."""
     reasons = []
@@ -53,6 +63,8 @@ def common_refusals(problem: Problem, arch: str) -> list[str]:
     for name in ("len_q", "len_k"):
         if getattr(problem, name) > MAX_EXTENT:
             reasons.append(f"{name} {getattr(problem, name)} > {MAX_EXTENT}")
+    if problem.dtype == "float64" and problem.expression:
+        reasons.append("score_mod of float64: expressions are evaluated in float32")
     if problem.alibi and abs(problem.q_offset) > MAX_EXTENT:
         reasons.append(f"ALiBi with |q_offset| {abs(problem.q_offset)} > {MAX_EXTENT}")
     return reasons
@@ -69,6 +81,18 @@ OPTION_VARIANTS = (
     Variant("linear", packed=True),
     Variant("general", mask="dense", bias=True, sinks=True, dropout=True, packed=True),
 )
+
+
+def listed_variants(element: str, dims: tuple[int, int]) -> tuple[Variant, ...]:
+    """The variants that tests compile. Of 16-bit formats all; the wide ones share their source, so a
+    few kernels stand for the others.
+    """
+    plain = Variant("linear"), Variant("shaped")
+    if ITEM_BYTES[element] == 2:
+        return (*plain, *OPTION_VARIANTS)
+    if dims == (64, 64):
+        return plain[:1] if element == TF32 else plain
+    return plain[:1] if dims == (128, 128) and element != TF32 else ()
 
 
 def specialize(
@@ -108,7 +132,8 @@ def specialize(
 
 def heads_per_section(problem: Problem, limits: Limits) -> int:
     """How many query heads to walk together so that their K and V stay in half of the L2 cache."""
-    per_kv_head = problem.len_k * (problem.head_dim + problem.head_dim_v) * 2
+    item = ITEM_BYTES[ELEMENTS[problem.dtype]]
+    per_kv_head = problem.len_k * (problem.head_dim + problem.head_dim_v) * item
     group = problem.heads // problem.heads_kv
     total = total_heads(problem, problem.heads)
     kv_heads = max(1, limits.l2_bytes // 2 // max(1, per_kv_head))
@@ -143,7 +168,18 @@ def check_grid(problem: Problem, grid: int) -> int:
 
 def elements(arch: str) -> tuple[str, ...]:
     """Number formats that kernels of an architecture come in."""
-    return ("f16",) if arch == "sm_75" else ("f16", "bf16")
+    return ("f16", "f32", "f64") if arch == "sm_75" else ("f16", "bf16", "f32", TF32, "f64")
+
+
+def forward_tile(
+    element: str, arch: str, dims: tuple[int, int], variant: Variant
+) -> _tuning.Tile | None:
+    """The forward tile; None where shared memory is too small for any."""
+    item = ITEM_BYTES[element]
+    if item == 2:
+        general = variant.score == "general"
+        return _tuning.forward_tile(arch, *dims, general=general, packed=variant.packed)
+    return _tuning_wide.forward_tile(item, arch, *dims)
 
 
 def launch(
@@ -164,28 +200,39 @@ class Forward:
         """See Candidate."""
         if problem.direction != "forward":
             return [f"does not compute {problem.direction}"]
-        return common_refusals(problem, arch)
+        reasons = common_refusals(problem, arch)
+        if not reasons:
+            dims = dim_pair(problem.head_dim, problem.head_dim_v)
+            if forward_tile(element_of(problem, arch), arch, dims, variant_of(problem)) is None:
+                reasons.append(f"head_dim {dims[0]} of {problem.dtype} exceeds shared memory")
+        return reasons
 
     def specialization(
         self, arch: str, element: str, dims: tuple[int, int], variant: Variant
     ) -> Specialization:
         """The kernel for one (element, dims, variant)."""
-        general = variant.score == "general"
-        tile = _tuning.forward_tile(arch, *dims, general=general, packed=variant.packed)
-        shared = _tuning.forward_shared_bytes(tile, *dims)
+        tile = forward_tile(element, arch, dims, variant)
+        assert tile is not None, "refused"
+        item = ITEM_BYTES[element]
+        if item == 2:
+            shared = _tuning.forward_shared_bytes(tile, *dims)
+        else:
+            shared = _tuning_wide.forward_shared_bytes(item, tile, *dims)
         return specialize(self.name, arch, element, dims, variant, tile, shared)
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""
         for element in elements(arch):
             for dims in DIM_PAIRS:
-                for variant in (Variant("linear"), Variant("shaped"), *OPTION_VARIANTS):
+                if forward_tile(element, arch, dims, Variant()) is None:
+                    continue
+                for variant in listed_variants(element, dims):
                     yield self.specialization(arch, element, dims, variant)
 
     def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
         """See Candidate."""
         dims = dim_pair(problem.head_dim, problem.head_dim_v)
-        spec = self.specialization(arch, ELEMENTS[problem.dtype], dims, variant_of(problem))
+        spec = self.specialization(arch, element_of(problem, arch), dims, variant_of(problem))
         schedule = Schedule(
             tiles=tiles_of(problem, spec.constant("BLOCK_Q")),
             heads_per_section=heads_per_section(problem, limits),

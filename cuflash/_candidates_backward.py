@@ -11,17 +11,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cuflash import _tuning
+from cuflash import _dtypes, _tuning, _tuning_wide
 from cuflash._candidates import (
     DIM_PAIRS,
-    ELEMENTS,
-    OPTION_VARIANTS,
+    ITEM_BYTES,
     check_grid,
     common_refusals,
     dim_pair,
+    element_of,
     elements,
     heads_per_section,
     launch,
+    listed_variants,
     specialize,
     tiles_of,
     total_heads,
@@ -62,7 +63,15 @@ class Backward:
         """See Candidate."""
         if problem.direction != "backward":
             return [f"does not compute {problem.direction}"]
-        return common_refusals(problem, arch)
+        reasons = common_refusals(problem, arch)
+        if reasons:
+            return reasons
+        dims, element = dim_pair(problem.head_dim, problem.head_dim_v), element_of(problem, arch)
+        return [
+            f"{kernel} for head_dim {dims[0]} of {problem.dtype} exceeds shared memory"
+            for kernel, wanted in _kernels_wanted(problem)
+            if wanted and tile_of(kernel, arch, element, dims) is None
+        ]
 
     def specialization(
         self,
@@ -78,8 +87,9 @@ class Backward:
         if kernel in ROW_KERNELS:
             score = "linear" if variant.score == "linear" else "shaped"
             variant = Variant(score, packed=variant.packed)
-        tile = _tuning.backward_tile(row, arch, *dims)
-        shared = _tuning.backward_shared_bytes(row, tile, *dims)
+        found = tile_of(row, arch, element, dims)
+        assert found is not None, "refused"
+        tile, shared = found
         if kernel != "backward_dkdv":
             return specialize(kernel, arch, element, dims, variant, tile, shared)
         prefix = "accumulate" if accumulate else ""
@@ -98,14 +108,14 @@ class Backward:
         ) -> Specialization | None:
             if not wanted:
                 return None
-            element = ELEMENTS[problem.dtype]
+            element = element_of(problem, arch)
             return self.specialization(name, arch, element, dims, variant, accumulate)
 
         keys = "k" in wrt or "v" in wrt
         slopes = "alibi_slopes" in wrt
         # Slope partials come from the dQ pass; without dK and dV there is nothing to share with.
         fused = "q" in wrt and keys and not problem.deterministic and not slopes
-        fused = fused and gathers(arch, dims, variant)
+        fused = fused and gathers(arch, dims, variant, element_of(problem, arch))
         prepare = kernel("backward_prepare", True)
         assert prepare is not None
         return BackwardKernels(
@@ -126,9 +136,10 @@ class Backward:
         wanted = sum(1 << n for n, name in enumerate(problem.score_params) if name in problem.wrt)
         if not wanted:
             return None
-        kernel, element = "backward_score", ELEMENTS[problem.dtype]
-        tile = _tuning.backward_tile(kernel, arch, *dims)
-        shared = _tuning.backward_shared_bytes(kernel, tile, *dims)
+        kernel, element = "backward_score", element_of(problem, arch)
+        found = tile_of(kernel, arch, element, dims)
+        assert found is not None, "refused"
+        tile, shared = found
         prefix = f"of{wanted}"
         return specialize(kernel, arch, element, dims, variant, tile, shared, prefix, WANTED=wanted)
 
@@ -137,7 +148,7 @@ class Backward:
         found: dict[Specialization, None] = {}  # variants share the kernels that pass over rows
         for element in elements(arch):
             for dims in DIM_PAIRS:
-                for variant in (Variant("linear"), Variant("shaped"), *OPTION_VARIANTS):
+                for variant in listed_variants(element, dims):
                     kernels = self._variant_kernels(arch, element, dims, variant.without_sinks())
                     found |= dict.fromkeys(kernels)
         yield from found
@@ -146,13 +157,17 @@ class Backward:
         self, arch: str, element: str, dims: tuple[int, int], variant: Variant
     ) -> Iterator[Specialization]:
         """Every kernel of one variant."""
-        names = ["backward_prepare", "backward_dq", "backward_convert"]
+        names = ["backward_prepare", "backward_dq"]
+        names += ["backward_convert"] if ITEM_BYTES[element] == 2 else []
         # Slopes only occur with a score that has them.
         names += ["backward_slopes", "backward_sinks"] if variant.score != "linear" else []
         names += ["backward_bias"] if variant.bias else []
         for name in names:
-            yield self.specialization(name, arch, element, dims, variant)
-        for accumulate in (False, True) if gathers(arch, dims, variant) else (False,):
+            if tile_of(name, arch, element, dims) is not None:
+                yield self.specialization(name, arch, element, dims, variant)
+        if tile_of("backward_dkdv", arch, element, dims) is None:
+            return
+        for accumulate in (False, True) if gathers(arch, dims, variant, element) else (False,):
             yield self.specialization("backward_dkdv", arch, element, dims, variant, accumulate)
 
     def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
@@ -160,8 +175,35 @@ class Backward:
         return _Planner(problem, self.kernels(problem, arch), limits).plan(self.name)
 
 
-def gathers(arch: str, dims: tuple[int, int], variant: Variant) -> bool:
+def tile_of(
+    kernel: str, arch: str, element: str, dims: tuple[int, int]
+) -> tuple[_tuning.Tile, int] | None:
+    """Tile and shared memory of a kernel; None where shared memory is too small for any."""
+    item = ITEM_BYTES[element]
+    if item == 2:
+        tile = _tuning.backward_tile(kernel, arch, *dims)
+        return tile, _tuning.backward_shared_bytes(kernel, tile, *dims)
+    wide = _tuning_wide.backward_tile(item, kernel, arch, *dims)
+    if wide is None:
+        return None
+    return wide, _tuning_wide.backward_shared_bytes(item, kernel, wide, *dims)
+
+
+def _kernels_wanted(problem: Problem) -> tuple[tuple[str, bool], ...]:
+    """Kernels that need shared memory, and whether the gradients in `wrt` take them."""
+    wrt = problem.wrt
+    return (
+        ("backward_dkdv", "k" in wrt or "v" in wrt),
+        ("backward_dq", "q" in wrt or "alibi_slopes" in wrt),
+        ("backward_bias", "bias" in wrt),
+        ("backward_score", any(name in wrt for name in problem.score_params)),
+    )
+
+
+def gathers(arch: str, dims: tuple[int, int], variant: Variant, element: str) -> bool:
     """Whether a variant's dK/dV kernel can gather dQ on the way."""
+    if ITEM_BYTES[element] > 2:  # no room in shared memory, and float32 sums would be seen
+        return False
     if variant.score == "general" or variant.dropout or variant.packed:
         return False
     return _tuning.accumulates(arch, *dims, variant.score == "linear")
@@ -188,8 +230,9 @@ class _Planner:
         return launch(spec, self.heads, schedule, problem, walk)
 
     def workspace(self, name: str, *tail: int) -> None:
-        """Float32 workspace per head."""
-        self.scratch.append(Scratch(name, (self.heads, *tail), "float32"))
+        """Workspace per head, in the type of lse."""
+        dtype = _dtypes.BY_NAME[self.problem.dtype].lse.name
+        self.scratch.append(Scratch(name, (self.heads, *tail), dtype))
 
     def plan(self, name: str) -> Plan:
         """The whole of it."""

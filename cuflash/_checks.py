@@ -19,6 +19,7 @@ from cuflash._arrays import Meta
 from cuflash._errors import Seen, kind_of, shown_dtype
 
 LAYOUTS = ("HLD", "LHD")
+PRECISIONS = ("ieee", "tf32")
 GRADIENT_NAMES = ("q", "k", "v", "bias", "alibi_slopes", "sinks")
 # Options whose gradient exists only when they were given.
 OPTION_GRADIENTS = ("bias", "alibi_slopes", "sinks")
@@ -159,6 +160,29 @@ def _window(window: Any, seen: Seen) -> tuple[int | None, int | None]:
             )
         bounds.append(bound)
     return bounds[0], bounds[1]
+
+
+def precision(value: Any, dtype: str, seen: Seen) -> str:
+    """How float32 products are formed; "ieee" when not given."""
+    if value is None:
+        return "ieee"
+    if not isinstance(value, str):
+        raise seen.error(
+            TypeError, f"precision is {kind_of(value)}, not a str.", f"one of {PRECISIONS}."
+        )
+    if value not in PRECISIONS:
+        raise seen.error(
+            ValueError,
+            f"precision is {value!r}, not one of {PRECISIONS}.",
+            "'ieee' for float32 accuracy, 'tf32' for speed.",
+        )
+    if value == "tf32" and dtype != "float32":
+        raise seen.error(
+            ValueError,
+            f"precision is 'tf32', which is for float32 inputs, and q is {dtype}.",
+            "drop precision=, or convert the arrays to float32.",
+        )
+    return value
 
 
 def layout(value: Any, seen: Seen) -> str:

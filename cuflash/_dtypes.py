@@ -30,12 +30,13 @@ class Dtype:
     eps: float
 
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+FLOAT32 = np.dtype(np.float32)
+_FLOAT64 = np.dtype(np.float64)
 
 ALL: tuple[Dtype, ...] = (
-    Dtype("float16", np.dtype(np.float16), _FLOAT32, 2.0**-10),
-    Dtype("bfloat16", np.dtype(ml_dtypes.bfloat16), _FLOAT32, 2.0**-7),
-    Dtype("float32", _FLOAT32, _FLOAT32, 2.0**-23),
+    Dtype("float16", np.dtype(np.float16), FLOAT32, 2.0**-10),
+    Dtype("bfloat16", np.dtype(ml_dtypes.bfloat16), FLOAT32, 2.0**-7),
+    Dtype("float32", FLOAT32, FLOAT32, 2.0**-23),
     Dtype("float64", _FLOAT64, _FLOAT64, 2.0**-52),
 )
 

@@ -68,6 +68,7 @@ def explain(
     score_mod: Any = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    precision: str | None = None,
     seed: Any = None,
     layout: str = "HLD",
 ) -> Explanation:
@@ -89,7 +90,7 @@ def explain(
     deterministic, wrt
         As in `attention_backward`; without meaning in forward.
     causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, score_mod, scale, \
-dropout_p, seed, layout
+dropout_p, seed, precision, layout
         As in `attention`.
 
     Returns
@@ -127,6 +128,7 @@ dropout_p, seed, layout
         "softcap": softcap,
         "layout": layout,
         "dropout_p": dropout_p,
+        "precision": precision,
         "deterministic": deterministic,
         "wrt": wrt,
     }
@@ -213,6 +215,7 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         plan = _plan.plan(problem, device)
         lines += [f"  first {spec.name}" for spec in side_kernels(problem, device.arch)]
         lines += _launches(plan)
+        lines += _slow(problem, device.arch)
     else:
         lines += _plan.describe_refusals(problem, device.arch).splitlines()[-1:]
     return Explanation(problem, name, reasons, plan, "\n".join(lines))
@@ -239,6 +242,7 @@ def _describe(problem: Problem) -> Iterator[str]:
     options += ["ALiBi"] if p.alibi else []
     options += ["sinks"] if p.sinks else []
     options += [f"dropout {p.dropout_p:g}"] if p.dropout_p else []
+    options += [f"precision {p.precision}"] if p.dtype == "float32" else []
     if p.direction == "backward":
         options += [f"gradients of {', '.join(p.wrt) or 'nothing'}"]
         options += ["deterministic"] if p.deterministic else []
@@ -300,6 +304,17 @@ def _cpu(problem: Problem) -> Iterator[str]:
     )
 
 
+def _slow(problem: Problem, arch: str) -> list[str]:
+    """What runs without fast matrix instructions."""
+    if arch == "sm_75" and problem.dtype in ("float32", "float64"):
+        return [
+            f"  slow: {arch} has no matrix instructions for {problem.dtype}, only multiply-adds"
+        ]
+    if problem.dtype == "float64" and not arch.startswith(("sm_80", "sm_90")):
+        return [f"  slow: {arch} computes float64 at 1/64 of its float32 rate"]
+    return []
+
+
 def _launches(plan: Any) -> Iterator[str]:
     total = 0
     for launch in plan.launches:
@@ -313,7 +328,7 @@ def _launches(plan: Any) -> Iterator[str]:
         yield "    " + ", ".join(f"{name} {value}" for name, value in spec.constants)
         yield f"    source {path}"
     for scratch in plan.scratch:
-        size = struct.calcsize({"float32": "f"}[scratch.dtype])
+        size = struct.calcsize({"float32": "f", "float64": "d"}[scratch.dtype])
         for extent in scratch.shape:
             size *= extent
         total += size

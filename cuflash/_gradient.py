@@ -57,6 +57,7 @@ def attention_backward(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    precision: str | None = None,
     layout: str = "HLD",
     dq: Any = None,
     dk: Any = None,
@@ -90,7 +91,7 @@ def attention_backward(
         What to differentiate: any of "q", "k", "v", and of "bias", "alibi_slopes", "sinks" and the
         names of score_mod's arrays when given.
     causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, score_mod, scale, \
-dropout_p, seed, layout
+dropout_p, seed, precision, layout
         As in `attention`; dropout needs the seed of the forward call.
     dq : array (*B, H, Lq, D), optional
         Where to write q's gradient; writable, dtype of q, overlapping nothing else. It is returned.
@@ -154,7 +155,18 @@ dropout_p, seed, layout
     call, arrays = prepared(
         "backward",
         (dout, q, k, v, out, lse, dlse, *options, dq, dk, dv, dbias),
-        (causal, window, q_offset, scale, softcap, layout, dropout_p, deterministic, wrt),
+        (
+            causal,
+            window,
+            q_offset,
+            scale,
+            softcap,
+            layout,
+            dropout_p,
+            precision,
+            deterministic,
+            wrt,
+        ),
         extra,
     )
     grads = call.run(arrays, extra)
@@ -183,6 +195,7 @@ def attention_vjp(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    precision: str | None = None,
     layout: str = "HLD",
     return_lse: bool = False,
     out: Any = None,
@@ -203,7 +216,7 @@ def attention_vjp(
     deterministic, wrt
         As in `attention_backward`, for every pullback.
     causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, score_mod, scale, \
-dropout_p, seed, layout, out
+dropout_p, seed, precision, layout, out
         As in `attention`.
     return_lse : bool
         Return `((out, lse), pullback)`.
@@ -265,6 +278,7 @@ dropout_p, seed, layout, out
         "scale": scale,
         "dropout_p": dropout_p,
         "seed": seed,
+        "precision": precision,
         "layout": layout,
     }
     deterministic = _checks.flag("deterministic", deterministic, seen)

@@ -59,6 +59,7 @@ def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -
     struct["band_high"] = highest if right is None else clamp(offset + right)
     struct["scale"] = problem.scale
     struct["softcap"] = problem.softcap or 0.0
+    struct["scale_f64"], struct["softcap_f64"] = problem.scale, problem.softcap or 0.0
     struct["flags"] = flags
 
 
@@ -165,8 +166,8 @@ class PreparedForward:
         addresses = {name: device.pointer(array) for name, array in given.items()}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
         flags |= self._options.flags
-        if slopes is not None and slopes.dtype.itemsize == 2:
-            flags |= _params.FLAG_SLOPES_16BIT
+        if slopes is not None and slopes.dtype != _dtypes.FLOAT32:
+            flags |= _params.FLAG_SLOPES_ELEMENT
         struct = np.zeros((), _params.FORWARD)
         for name in found:
             self._views.fill(struct[f"{name}_strides"], name)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _params, _plan
+from cuflash import _dtypes, _params, _plan
 from cuflash._device import Device
 from cuflash._extras import Extra
 from cuflash._launch import fill_shape, is_empty, run, steps_of, vector_flags
@@ -40,7 +40,6 @@ WORKSPACE = ("lse_log2", "delta", "dq_accum", "slope_partial")
 PLAIN_POINTERS = len(INPUTS) + len(GRADIENTS) + len(WORKSPACE)
 # Workspaces are parts of one allocation, each on its own line of the cache.
 ALIGNMENT = 256
-_FLOAT = np.dtype(np.float32)
 # Places of the arguments and of the gradient buffers in `_prepare.BACKWARD_ARRAYS`.
 _ARGUMENTS = {"q": 1, "k": 2, "v": 3, "alibi_slopes": 9}
 _BUFFERS = {"q": 12, "k": 13, "v": 14}
@@ -74,7 +73,8 @@ class Target:
         missing = written.ndim - result.ndim
         own = zip(written.shape[missing:], result.shape, strict=True)
         axes = (*range(missing), *(missing + n for n, (a, b) in enumerate(own) if a != b))
-        total = written.astype(np.float32).sum(axis=axes, dtype=np.float32)
+        wide = np.float64 if written.dtype == np.float64 else np.float32
+        total = written.astype(wide).sum(axis=axes, dtype=wide)
         result[...] = total.reshape(result.shape).astype(result.dtype)
 
 
@@ -90,6 +90,7 @@ class PreparedBackward:
         extra: Extra,
     ) -> None:
         self._device, self._problem = device, problem
+        self._real = _dtypes.BY_NAME[problem.dtype].lse
         self._empty = is_empty(problem)
         self.is_simple = False
         self._targets = {
@@ -116,8 +117,8 @@ class PreparedBackward:
         addresses |= {GRADIENTS[n]: device.pointer(a) for n, a in given.items() if n in GRADIENTS}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
         flags |= self._options.flags
-        if "slope" in inputs and inputs["slope"].dtype.itemsize == 2:
-            flags |= _params.FLAG_SLOPES_16BIT
+        if "slope" in inputs and inputs["slope"].dtype != _dtypes.FLOAT32:
+            flags |= _params.FLAG_SLOPES_ELEMENT
         struct = np.zeros((), _params.BACKWARD)
         for name in found:
             self._views.fill(struct[f"{name}_strides"], name)
@@ -143,7 +144,7 @@ class PreparedBackward:
         for name, size in sizes.items():
             offsets[name] = total
             total += -(-size // ALIGNMENT) * ALIGNMENT
-        self._workspace_shape = (total // _FLOAT.itemsize,)
+        self._workspace_shape = (total // self._real.itemsize,)
         self._offsets = [offsets.get(name) for name in WORKSPACE]
 
     def simple(self, arrays: Sequence[Any]) -> dict[str, Any]:
@@ -161,7 +162,7 @@ class PreparedBackward:
                     result = new(device, arrays[place].dtype)
                 results[name] = result
                 grads_at[slot] = at(result)
-            workspace = device.empty(self._workspace_shape, _FLOAT)
+            workspace = device.empty(self._workspace_shape, self._real)
             base = at(workspace)
             dlse_at = 0 if dlse is None else at(dlse)
             slopes_at = 0 if slopes is None else at(slopes)
@@ -228,7 +229,7 @@ class PreparedBackward:
             found.append(0 if array is None else at(array))
         for name in GRADIENTS:
             found.append(at(written[name]) if name in written else 0)
-        workspace = device.empty(self._workspace_shape, _FLOAT)
+        workspace = device.empty(self._workspace_shape, self._real)
         held.append(workspace)
         base = at(workspace)
         return found + [0 if offset is None else base + offset for offset in self._offsets]

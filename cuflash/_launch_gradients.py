@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _params, _side_kernels
+from cuflash import _dtypes, _params, _side_kernels
 from cuflash._candidates import ELEMENTS
 from cuflash._device import Device
 from cuflash._errors import UnsupportedError
@@ -33,6 +33,7 @@ class OptionGradients:
         given: Mapping[str, Any],
     ) -> None:
         self._device, self._problem = device, problem
+        self._real = _dtypes.BY_NAME[problem.dtype].lse
         self._wants_bias, self._wants_sinks = "bias" in problem.wrt, "sinks" in problem.wrt
         # Place among the expression's arrays, and name.
         self._scores = [(n, x) for n, x in enumerate(problem.score_params) if x in problem.wrt]
@@ -40,7 +41,7 @@ class OptionGradients:
             bias = arrays["bias"]
             self._new_bias = OrderedEmpty(tuple(bias.shape), bias)
             self._bias_buffer = given.get("bias")
-            self._bias_itemsize = bias.dtype.itemsize
+            self._bias_dtype = bias.dtype
 
     # ---- once per kind of call
 
@@ -82,8 +83,8 @@ class OptionGradients:
             reduced |= flag if own == 1 and full > 1 else 0
         self._reduced = reduced
         values["split_stride"] = math.prod(problem.bias or ())
-        if self._work.splits == 1 and self._bias_itemsize == 2:
-            struct["shape"]["flags"] |= _params.FLAG_DBIAS_16BIT
+        if self._work.splits == 1 and self._bias_dtype != _dtypes.FLOAT32:
+            struct["shape"]["flags"] |= _params.FLAG_DBIAS_ELEMENT
 
     def fill_launch(self, struct: np.ndarray, launch: Launch) -> None:
         """Write how a launch shares out its sums over pairs."""
@@ -117,11 +118,11 @@ class OptionGradients:
             result = self._bias_result(arrays, given)
             written = result
             if self._work.splits > 1:
-                written = device.empty((self._work.splits, *result.shape), np.float32)
+                written = device.empty((self._work.splits, *result.shape), self._real)
             bias_at = device.pointer(written)
             pending["bias"] = written, result
         if self._wants_sinks:
-            written = device.empty((math.prod(problem.batch), problem.heads), np.float32)
+            written = device.empty((math.prod(problem.batch), problem.heads), self._real)
             sinks_at = device.pointer(written)
             pending["sinks"] = written, device.empty((problem.heads,), arrays["sinks"].dtype)
         scores = [0] * _params.MAX_SCORE_ARRAYS
@@ -139,14 +140,14 @@ class OptionGradients:
         return self._new_bias(self._device, arrays["bias"].dtype) if result is None else result
 
     def finish(self, pending: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
-        """The gradients, once everything is queued: last sums in float32, rounded once."""
+        """The gradients, once everything is queued: last sums in the type of the scores, rounded once."""
         results: dict[str, Any] = {}
         for name in ("bias", "sinks"):
             if name not in pending:
                 continue
             written, result = pending[name]
             if written is not result:
-                result[...] = written.sum(axis=0, dtype=np.float32).astype(result.dtype)
+                result[...] = written.sum(axis=0, dtype=self._real).astype(result.dtype)
             results[name] = result
         if self._scores:
             self._finish_scores(pending)

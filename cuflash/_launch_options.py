@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _mask_mirror, _params, _side_kernels
+from cuflash import _dtypes, _mask_mirror, _params, _side_kernels
 from cuflash._device import Device
 from cuflash._dropout import Dropout
 from cuflash._extras import Extra
@@ -77,10 +77,10 @@ class OptionInputs:
         """Types of side arrays, and how packed sequences are aligned."""
         flags = 0
         for array, flag in (
-            (self._bias, _params.FLAG_BIAS_16BIT),
-            (self._sinks, _params.FLAG_SINKS_16BIT),
+            (self._bias, _params.FLAG_BIAS_ELEMENT),
+            (self._sinks, _params.FLAG_SINKS_ELEMENT),
         ):
-            if array is not None and array.dtype.itemsize == 2:
+            if array is not None and array.dtype != _dtypes.FLOAT32:
                 flags |= flag
         packed = self._problem.packed
         if packed is not None and packed.aligned_at_end:
@@ -99,7 +99,7 @@ class OptionInputs:
         if problem.dropout_p > 0:
             dropout = Dropout.of(problem.dropout_p, 0)
             values["dropout"]["threshold"] = dropout.threshold
-            values["dropout"]["factor"] = dropout.factor
+            values["dropout"]["factor"] = values["dropout"]["factor_f64"] = dropout.factor
         score = values["score"]
         score["extents"] = 1
         for n, (shape, narrow) in enumerate(

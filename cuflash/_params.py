@@ -22,7 +22,8 @@ SHAPE = np.dtype(
     + [(name, "i4") for name in ("batch", "heads", "heads_kv", "group")]
     + [(name, "i4") for name in ("len_q", "len_k", "head_dim", "head_dim_v")]
     + [("band_low", "i4"), ("band_high", "i4"), ("q_offset", "i4")]
-    + [("scale", "f4"), ("softcap", "f4"), ("flags", "i4")],
+    + [("scale", "f4"), ("softcap", "f4"), ("flags", "i4")]
+    + [("scale_f64", "f8"), ("softcap_f64", "f8")],
     align=True,
 )
 
@@ -38,10 +39,10 @@ FLAG_DOUT_VECTOR = 16
 FLAG_DQ_VECTOR = 32
 FLAG_DK_VECTOR = 64
 FLAG_DV_VECTOR = 128
-FLAG_SLOPES_16BIT = 256
-FLAG_BIAS_16BIT = 512
-FLAG_SINKS_16BIT = 1024
-FLAG_DBIAS_16BIT = 2048
+FLAG_SLOPES_ELEMENT = 256
+FLAG_BIAS_ELEMENT = 512
+FLAG_SINKS_ELEMENT = 1024
+FLAG_DBIAS_ELEMENT = 2048
 FLAG_ALIGN_END = 4096
 REDUCED_HEAD = 16
 REDUCED_ROW = 32
@@ -74,7 +75,7 @@ MASK = np.dtype(
     + [(name, "i4") for name in ("map_words", "block_q", "block_k", "bit_words")],
     align=True,
 )
-DROPOUT = np.dtype([("threshold", "u4"), ("factor", "f4")], align=True)
+DROPOUT = np.dtype([("threshold", "u4"), ("factor", "f4"), ("factor_f64", "f8")], align=True)
 SCORE_MOD = np.dtype(
     [("extents", "i4", (MAX_SCORE_ARRAYS, MAX_SCORE_AXES)), ("arrays_16bit", "i4")], align=True
 )

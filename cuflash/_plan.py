@@ -88,13 +88,12 @@ def describe_refusals(problem: Problem, arch: str) -> str:
         for reason in reasons
         if not reason.startswith("does not compute")
     ]
-    way_out = (
-        "float16 or bfloat16"
-        if problem.dtype not in _candidates.ELEMENTS
-        else "head dims up to 256"
-    )
-    if problem.dtype == "bfloat16" and problem.head_dim <= 256 and problem.head_dim_v <= 256:
-        way_out = "float16"
+    way_out = "head dims up to 256"
+    if problem.head_dim <= 256 and problem.head_dim_v <= 256:
+        if problem.dtype == "bfloat16":
+            way_out = "float16"
+        elif problem.dtype == "float64":
+            way_out = "float32" if problem.expression else "smaller head dims, or float32"
     return (
         f"no kernel for {what}.\n"
         + "\n".join(rows)

@@ -32,7 +32,10 @@ BACKWARD_ARRAYS = (
 )
 _ENDS = ("cu_seqlens_q", "cu_seqlens_k")
 _OUTPUTS = {"forward": ("out",), "backward": ("dq", "dk", "dv", "dbias")}
-_OPTIONS = ("causal", "window", "q_offset", "scale", "softcap", "layout", "dropout_p")
+_OPTIONS = (
+    *("causal", "window", "q_offset", "scale", "softcap"),
+    *("layout", "dropout_p", "precision"),
+)
 FORWARD_OPTIONS = (*_OPTIONS, "return_lse")
 BACKWARD_OPTIONS = (*_OPTIONS, "deterministic", "wrt")
 _BOUNDS = ("max_seqlen_q", "max_seqlen_k")
@@ -186,6 +189,8 @@ def seen_of(
 ) -> Seen:
     """The arguments, for messages."""
     options = dict(zip(OPTIONS[direction], values, strict=True))
+    if options["precision"] is None:
+        del options["precision"]
     return Seen(dict(zip(names, arrays, strict=True)), {**options, **extra.told})
 
 

@@ -111,6 +111,8 @@ class Problem:
         Its shape.
     sinks : bool
     dropout_p : float
+    precision : {"ieee", "tf32"}
+        Of float32 products.
     expression : str
         Source of the score expression for kernels; "" for none.
     score_params : tuple of str
@@ -142,6 +144,7 @@ class Problem:
     bias: tuple[int, ...] | None = None
     sinks: bool = False
     dropout_p: float = 0.0
+    precision: str = "ieee"
     expression: str = ""
     score_params: tuple[str, ...] = ()
     packed: Packed | None = None
@@ -183,7 +186,7 @@ class Problem:
             "dlse", "dq", "dk", "dv", "dbias"; parameters of a score expression as "score_mod.name";
             of packed sequences "cu_seqlens_q", "cu_seqlens_k".
         options : name -> value
-            causal, window, q_offset, scale, softcap, layout, dropout_p; in forward also
+            causal, window, q_offset, scale, softcap, layout, dropout_p, precision; in forward also
             return_lse, in backward deterministic, wrt; of packed sequences max_seqlen_q,
             max_seqlen_k (ints; `_varlen.py` finds those not given).
         extra : Extra
@@ -228,6 +231,7 @@ class Problem:
             left=left,
             right=right,
             softcap=_checks.softcap(options["softcap"], dtype, seen),
+            precision=_checks.precision(options.get("precision"), dtype, seen),
             alibi="alibi_slopes" in arrays,
             **_option_facts(arrays, options, extra, call, view.rank, row, seen),
             packed=packed,

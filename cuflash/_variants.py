@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
+from cuflash import _dtypes
 
 if TYPE_CHECKING:
     from cuflash._problem import Problem
@@ -73,6 +73,8 @@ class Variant:
         if self.score == "general":
             modifier = "ScoreExpression<Element>" if self.expression else "score::Unmodified"
             score += f"<Element, {str(self.bias).lower()}, {modifier}>"
+        else:
+            score += "<Element::Real>"
         return ("Mask", MASKS[self.mask]), ("Score", score)
 
     @property
@@ -108,11 +110,13 @@ def variant_of(problem: Problem) -> Variant:
 
 def is_linear(problem: Problem) -> bool:
     """True when the fast score serves: plain scaled products, every row on a 16-byte boundary."""
+    row = _dtypes.BY_NAME[problem.dtype]
+    per_chunk = 16 // row.numpy.itemsize
     return (
         problem.softcap is None
         and not problem.alibi
-        and float(np.float32(problem.scale)) != 0.0
-        and problem.head_dim % 8 == 0
-        and problem.head_dim_v % 8 == 0
+        and float(row.lse.type(problem.scale)) != 0.0
+        and problem.head_dim % per_chunk == 0
+        and problem.head_dim_v % per_chunk == 0
         and all(operand.aligned for _, operand in problem.operands)
     )

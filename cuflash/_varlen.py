@@ -35,6 +35,7 @@ def attention_varlen(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    precision: str | None = None,
     layout: str = "HLD",
     return_lse: bool = False,
     out: Any = None,
@@ -59,7 +60,7 @@ def attention_varlen(
         Bounds of the lengths. With both given nothing synchronises: CUDA arrays of lengths are then
         not read by the host, and a length beyond its bound gives NaN in every row. Without, the
         lengths are read and checked.
-    causal, window, q_offset, softcap, score_mod, scale, layout
+    causal, window, q_offset, softcap, score_mod, scale, precision, layout
         As in `attention`, with positions counted in each sequence; q_offset's default is its own
         `len_k - len_q`.
     mask, bias : array, optional
@@ -120,7 +121,18 @@ def attention_varlen(
     call, arrays = prepared(
         "varlen_forward",
         (q, k, v, *options, out, cu_seqlens_q, cu_seqlens_k),
-        (causal, window, q_offset, scale, softcap, layout, dropout_p, *bounds, return_lse),
+        (
+            causal,
+            window,
+            q_offset,
+            scale,
+            softcap,
+            layout,
+            dropout_p,
+            precision,
+            *bounds,
+            return_lse,
+        ),
         extra,
     )
     result, lse = call.run(arrays, extra)
@@ -156,6 +168,7 @@ def attention_varlen_backward(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    precision: str | None = None,
     layout: str = "HLD",
     dq: Any = None,
     dk: Any = None,
@@ -185,7 +198,7 @@ def attention_varlen_backward(
     deterministic, wrt, dq, dk, dv, dbias
         As in `attention_backward`.
     max_seqlen_q, max_seqlen_k, causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, \
-score_mod, scale, dropout_p, seed, layout
+score_mod, scale, dropout_p, seed, precision, layout
         As in `attention_varlen`.
 
     Returns
@@ -224,7 +237,7 @@ score_mod, scale, dropout_p, seed, layout
         mask is not None or bias is not None or extra.blocks is not None,
     )
     options = (mask, bias, alibi_slopes, sinks, seed)
-    values = (causal, window, q_offset, scale, softcap, layout, dropout_p, *bounds)
+    values = (causal, window, q_offset, scale, softcap, layout, dropout_p, precision, *bounds)
     arrays: Any = (dout, q, k, v, out, lse, dlse, *options, dq, dk, dv, dbias)
     call, arrays = prepared(
         "varlen_backward",
@@ -262,6 +275,7 @@ def attention_varlen_vjp(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: Any = None,
+    precision: str | None = None,
     layout: str = "HLD",
     return_lse: bool = False,
     out: Any = None,
@@ -282,7 +296,7 @@ def attention_varlen_vjp(
     deterministic, wrt
         As in `attention_backward`, for every pullback.
     max_seqlen_q, max_seqlen_k, causal, window, q_offset, mask, bias, softcap, alibi_slopes, sinks, \
-score_mod, scale, dropout_p, seed, layout, return_lse, out
+score_mod, scale, dropout_p, seed, precision, layout, return_lse, out
         As in `attention_varlen`.
 
     Returns
@@ -329,6 +343,7 @@ score_mod, scale, dropout_p, seed, layout, return_lse, out
         "scale": scale,
         "dropout_p": dropout_p,
         "seed": seed,
+        "precision": precision,
         "layout": layout,
     }
     deterministic = _checks.flag("deterministic", deterministic, seen)

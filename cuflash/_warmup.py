@@ -72,6 +72,7 @@ def warmup(
     score_mod: Any = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    precision: str | None = None,
     layout: str = "HLD",
     arch: str | None = None,
     progress: bool = True,
@@ -89,7 +90,7 @@ def warmup(
         Also the kernels of the gradient.
     deterministic, wrt
         As in `attention_backward`.
-    causal, window, q_offset, softcap, score_mod, scale, dropout_p, layout
+    causal, window, q_offset, softcap, score_mod, scale, dropout_p, precision, layout
         As in `attention`. causal, window and q_offset need no kernels of their own.
     mask : {None, "dense", "blocks"}
         Whether calls will pass a bool array or a BlockMask.
@@ -133,6 +134,7 @@ def warmup(
         "softcap": softcap,
         "layout": layout,
         "dropout_p": dropout_p,
+        "precision": precision,
         "deterministic": deterministic,
     }
     told = {"shapes": shapes, "dtype": dtype, "wrt": wrt, "mask": mask, "arch": arch}

@@ -17,8 +17,10 @@ template <class C> struct QueryAccumulator {
 
     // A warp makes 16 rows of dQ, `TOGETHER` blocks of 16 columns at a time; PARTS warps share the
     // rows.
-    static constexpr int STRIPS = C::BLOCK_Q / 16, PARTS = C::WARPS / STRIPS;
-    static_assert(C::WARPS % STRIPS == 0, "every strip of 16 rows has the same number of warps");
+    static constexpr int STRIPS = C::BLOCK_Q / 16,
+                         PARTS = C::WARPS > STRIPS ? C::WARPS / STRIPS : 1;
+    static_assert(!C::ACCUMULATE_DQ || C::WARPS % STRIPS == 0,
+                  "every strip of 16 rows has the same number of warps");
     static constexpr int BLOCKS = C::HEAD_DIM / 16, SHARE = (BLOCKS + PARTS - 1) / PARTS;
     static constexpr int TOGETHER = SHARE >= 4 && BLOCKS % 4 == 0   ? 4
                                     : SHARE >= 3 && BLOCKS % 3 == 0 ? 3
@@ -102,7 +104,7 @@ template <class C> struct QueryAccumulator {
 
     // What repairs of K took out of dQ: a NaN or inf in a key spreads to exactly the rows that see
     // it. All of `rows` exist.
-    template <class Mask> DEV void add_back(float* dq_accum, const GlobalRows& k_gmem,
+    template <class Mask> DEV void add_back(float* dq_accum, const GlobalRows<u16>& k_gmem,
                                             const Mask& mask, Range rows, Range keys) {
         const int count = (rows.end - rows.begin) * k_gmem.columns;
 #pragma unroll 1
@@ -112,8 +114,8 @@ template <class C> struct QueryAccumulator {
 #pragma unroll 1
             for (int key = keys.begin; key < min(keys.end, k_gmem.rows); ++key) {
                 const u16 bits = ld_global_u16(k_gmem.base + key * k_gmem.stride + column);
-                if (!is_finite<Element>(bits) && mask.keep(rows.begin + row, key))
-                    sum += Element::to_float(bits);
+                if (!Element::is_finite_value(bits) && mask.keep(rows.begin + row, key))
+                    sum += Element::to_real(bits);
             }
             if (sum != 0.f) red_global_add_f32(dq_accum + (i64)row * C::HEAD_DIM + column, sum);
         }
@@ -137,7 +139,7 @@ template <class Element, class Tile, int THREADS> DEV bool has_non_finite(u32 sm
 // Loads a repaired tile again. Rare, hence by elements: the usual way would need registers that the
 // main loop does not have.
 template <class Tile, int THREADS>
-DEV void restore_tile(const GlobalRows& gmem, u32 smem, int first_row) {
+DEV void restore_tile(const GlobalRows<u16>& gmem, u32 smem, int first_row) {
 #pragma unroll 1
     for (unsigned i = fresh_thread_id(); i < Tile::BYTES / 16; i += THREADS) {
         const int r = i / (Tile::COLUMNS / 8), c = i % (Tile::COLUMNS / 8) * 8;

@@ -13,13 +13,14 @@
 namespace backward {
 
 template <class C> struct BiasSums {
-    static constexpr int N8 = C::BLOCK_K / 8;
-    Accumulator<1, N8> sum;
+    using Real = typename C::Element::Real;
+    static constexpr int N8 = C::BLOCK_K / 8, BYTES = sizeof(Real);
+    Accumulator<1, N8, Real> sum;
 
     DEV_METHOD explicit BiasSums(const BackwardParams&) { sum.zero(); }
 
-    DEV_METHOD void add(const BackwardParams&, const Work&, int, int, const Accumulator<1, N8>&,
-                        const Accumulator<1, N8>& ds) {
+    DEV_METHOD void add(const BackwardParams&, const Work&, int, int,
+                        const Accumulator<1, N8, Real>&, const Accumulator<1, N8, Real>& ds) {
 #pragma unroll
         for (int n = 0; n < N8; ++n)
 #pragma unroll
@@ -32,19 +33,19 @@ template <class C> struct BiasSums {
         const int first_row = place.tile_q * C::BLOCK_Q + fresh_thread_id() / 32 * 16 + lane / 4;
         const int first_key = place.tile_k * C::BLOCK_K + lane % 4 * 2;
         if (reduced & REDUCED_ROW && reduced & REDUCED_KEY) {
-            const float total = block_sum<C::WARPS>(of_all(), smem);
+            const Real total = block_sum<C::WARPS>(of_all(), smem);
             if (threadIdx.x == 0) store(p, work, 0, 0, total);
         } else if (reduced & REDUCED_ROW) {
             sum_rows(p, work, place, smem);
         } else if (reduced & REDUCED_KEY) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float total = 0.f;
+                Real total = 0;
 #pragma unroll
                 for (int n = 0; n < N8; ++n)
                     total += sum.x[0][n][2 * half] + sum.x[0][n][2 * half + 1];
-                total += __shfl_xor_sync(FULL_WARP, total, 1);
-                total += __shfl_xor_sync(FULL_WARP, total, 2);
+                total += shfl_xor(total, 1);
+                total += shfl_xor(total, 2);
                 if (lane % 4 == 0) store(p, work, first_row + 8 * half, 0, total);
             }
         } else {
@@ -58,8 +59,8 @@ template <class C> struct BiasSums {
     }
 
   private:
-    DEV_METHOD float of_all() const {
-        float total = 0.f;
+    DEV_METHOD Real of_all() const {
+        Real total = 0;
 #pragma unroll
         for (int n = 0; n < N8; ++n)
 #pragma unroll
@@ -75,33 +76,37 @@ template <class C> struct BiasSums {
         for (int n = 0; n < N8; ++n)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float total = sum.x[0][n][e] + sum.x[0][n][e + 2];
+                Real total = sum.x[0][n][e] + sum.x[0][n][e + 2];
 #pragma unroll
-                for (int step = 4; step < 32; step *= 2)
-                    total += __shfl_xor_sync(FULL_WARP, total, step);
+                for (int step = 4; step < 32; step *= 2) total += shfl_xor(total, step);
                 if (lane < 4)
-                    st_shared_f32(smem + 4 * (warp * C::BLOCK_K + 8 * n + 2 * lane + e), total);
+                    st_shared(smem + BYTES * (warp * C::BLOCK_K + 8 * n + 2 * lane + e), total);
             }
         __syncthreads();
         for (int key = fresh_thread_id(); key < C::BLOCK_K; key += C::WARPS * 32) {
-            float total = 0.f;
-            for (int w = 0; w < C::WARPS; ++w)
-                total += ld_shared_f32(smem + 4 * (w * C::BLOCK_K + key));
+            Real total = 0;
+            for (int w = 0; w < C::WARPS; ++w) {
+                Real share;
+                ld_shared(share, smem + BYTES * (w * C::BLOCK_K + key));
+                total += share;
+            }
             store(p, work, 0, place.tile_k * C::BLOCK_K + key, total);
         }
     }
 
     DEV_METHOD static void store(const BackwardParams& p, const Work& work, int row, int key,
-                                 float x) {
+                                 Real x) {
         if (row >= p.shape.len_q || key >= p.shape.len_k) return;
         const BiasGradient& values = p.dbias_values;
         const unsigned split = fresh_block_id() / (gridDim.x / values.splits);
         const i64 at = split * values.split_stride + head_offset(work, values.strides, work.head) +
                        row * values.strides.row + key * values.strides.key;
-        if (p.shape.flags & FLAG_DBIAS_16BIT)
-            st_global_u16((u16*)p.dbias + at, C::Element::from_float(x));
+        if (p.shape.flags & FLAG_DBIAS_ELEMENT)
+            st_global((typename C::Element::Storage*)p.dbias + at, C::Element::from_real(x));
+        else if (values.splits > 1)
+            ((Real*)p.dbias)[at] = x;  // to be added up
         else
-            ((float*)p.dbias)[at] = x;
+            ((float*)p.dbias)[at] = (float)x;
     }
 };
 

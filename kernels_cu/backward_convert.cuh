@@ -36,7 +36,7 @@ template <class C> DEV void convert_rows(const BackwardParams& p) {
         } else {
 #pragma unroll
             for (int c = 0; c < 8; ++c)
-                if (first + c < shape.head_dim) to[c] = Element::from_float(shape.scale * x[c]);
+                if (first + c < shape.head_dim) to[c] = Element::from_real(shape.scale * x[c]);
         }
     }
 }

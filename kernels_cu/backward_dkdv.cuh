@@ -12,12 +12,14 @@ namespace backward {
 
 // Shared memory: the key tiles stay, query tiles and their statistics come in STAGES buffers.
 template <class C> struct KeyLayout {
-    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
-    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V>;
-    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM>;
-    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V>;
+    using Storage = typename C::Element::Storage;
+    static constexpr int REAL_BYTES = sizeof(typename C::Element::Real);
+    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM, Storage>;
+    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V, Storage>;
+    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM, Storage>;
+    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V, Storage>;
     static constexpr int STATISTICS_BYTES =
-        C::BLOCK_Q * 2 * 4;  // lse_log2 [BLOCK_Q], delta [BLOCK_Q]
+        C::BLOCK_Q * 2 * REAL_BYTES;  // lse_log2 [BLOCK_Q], delta [BLOCK_Q]
     static constexpr int STAGE_BYTES = TileQ::BYTES + TileDout::BYTES + STATISTICS_BYTES;
     static constexpr int DS = TileK::BYTES + TileV::BYTES + C::STAGES * STAGE_BYTES;
     static constexpr int BYTES = DS + (C::ACCUMULATE_DQ ? QueryAccumulator<C>::TileDs::BYTES : 0);
@@ -34,7 +36,7 @@ template <class C> struct KeyLayout {
     DEV_METHOD u32 q(int stage) const { return stages + stage * STAGE_BYTES; }
     DEV_METHOD u32 dout(int stage) const { return q(stage) + TileQ::BYTES; }
     DEV_METHOD u32 lse_log2(int stage) const { return dout(stage) + TileDout::BYTES; }
-    static constexpr int DELTA = C::BLOCK_Q * 4;  // delta lies this far behind lse_log2
+    static constexpr int DELTA = C::BLOCK_Q * REAL_BYTES;  // delta lies this far behind lse_log2
 };
 
 // One key tile of one key head. Both gradients at once, or (head dim 256, whose two accumulators do
@@ -45,6 +47,8 @@ template <class C> struct KeyLayout {
 // the fresh_* and opaque() calls.
 template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using Element = typename C::Element;
+    using Storage = typename Element::Storage;
+    using Real = typename Element::Real;
     using Mask = typename C::Mask;
     using Score = typename C::Score;
     using Layout = KeyLayout<C>;
@@ -53,23 +57,32 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using TileDout = typename Layout::TileDout;
     using TileK = typename Layout::TileK;
     using TileV = typename Layout::TileV;
+    // Columns of dK and dV made at a time, and the tiles seen from the first of them.
+    static constexpr int PART_K = WANT_DV ? C::HEAD_DIM : part_columns<C>(C::HEAD_DIM);
+    static constexpr int PART_V = WANT_DK ? C::HEAD_DIM_V : part_columns<C>(C::HEAD_DIM_V);
+    static constexpr bool WHOLE = PART_K == C::HEAD_DIM && PART_V == C::HEAD_DIM_V;
+    using PartQ = SharedTile<C::BLOCK_Q, PART_K, Storage>;
+    using PartDout = SharedTile<C::BLOCK_Q, PART_V, Storage>;
+    using PartK = SharedTile<C::BLOCK_K, PART_K, Storage>;
+    using PartV = SharedTile<C::BLOCK_K, PART_V, Storage>;
     static constexpr int THREADS = C::WARPS * 32, M16 = C::BLOCK_K / (16 * C::WARPS);
     static_assert(M16 * 16 * C::WARPS == C::BLOCK_K, "a warp owns whole strips of 16 keys");
-    static constexpr int COLUMNS = (WANT_DK ? C::HEAD_DIM : 0) + (WANT_DV ? C::HEAD_DIM_V : 0);
+    static constexpr int COLUMNS = (WANT_DK ? PART_K : 0) + (WANT_DV ? PART_V : 0);
     static constexpr bool ACCUMULATE_DQ = C::ACCUMULATE_DQ && WANT_DK;
-    static constexpr int CHUNK = chunk_columns<M16, COLUMNS, C::BLOCK_Q>();
+    static constexpr int CHUNK = chunk_columns<C, M16, COLUMNS, C::BLOCK_Q>();
 
     const BackwardParams& p;
     const Layout layout;
+    const int first_column;
     Mask mask;  // of the query head at hand
     int first_key;
     bool repair_k;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
     i64 q_at, dout_at, rows_at;  // offsets of the group's first head in Q, dO and the statistics
-    Accumulator<M16, WANT_DK ? C::HEAD_DIM / 8 : 1> dk;
-    Accumulator<M16, WANT_DV ? C::HEAD_DIM_V / 8 : 1> dv;
+    Accumulator<M16, WANT_DK ? PART_K / 8 : 1, Real> dk;
+    Accumulator<M16, WANT_DV ? PART_V / 8 : 1, Real> dv;
 
-    DEV_METHOD KeyBlock(const BackwardParams& params, u32 smem)
-        : p(params), layout(smem), mask(mask_of(0)) {
+    DEV_METHOD KeyBlock(const BackwardParams& params, u32 smem, int column)
+        : p(params), layout(smem), first_column(column), mask(mask_of(0)) {
         const Work work = key_work();
         const int head = work.head * p.shape.group;
         first_key = work.tile * C::BLOCK_K;
@@ -98,18 +111,18 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     DEV_METHOD static int warp_key() { return fresh_thread_id() / 32 * (16 * M16); }
 
     // Q and dO of one query head of the group.
-    DEV_METHOD GlobalRows q_gmem(int head) const {
+    DEV_METHOD GlobalRows<Storage> q_gmem(int head) const {
         return rows_of(p.q, q_at + head * p.q_strides.head, p.q_strides.row, p.shape.head_dim,
                        FLAG_Q_VECTOR);
     }
-    DEV_METHOD GlobalRows dout_gmem(int head) const {
+    DEV_METHOD GlobalRows<Storage> dout_gmem(int head) const {
         return rows_of(p.dout, dout_at + head * p.dout_strides.head, p.dout_strides.row,
                        p.shape.head_dim_v, FLAG_DOUT_VECTOR);
     }
-    DEV_METHOD GlobalRows rows_of(const void* array, i64 at, i64 stride, int columns,
-                                  int flag) const {
-        return {(u16*)array + at, stride, p.shape.len_q, columns,
-                (p.shape.flags & flag) && columns % 8 == 0};
+    DEV_METHOD GlobalRows<Storage> rows_of(const void* array, i64 at, i64 stride, int columns,
+                                           int flag) const {
+        return {(Storage*)array + at, stride, p.shape.len_q, columns,
+                (p.shape.flags & flag) && columns % TileQ::PER_CHUNK == 0};
     }
 
     // A tile of rows of one of the group's query heads.
@@ -179,18 +192,18 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         }
     }
 
-    DEV_METHOD GlobalRows k_gmem() const {
+    DEV_METHOD GlobalRows<Storage> k_gmem() const {
         const Work work = key_work();
-        return head_rows(p.k, p.k_strides, work, work.head, p.shape.len_k, p.shape.head_dim,
-                         p.shape.flags & FLAG_K_VECTOR);
+        return head_rows<Storage>(p.k, p.k_strides, work, work.head, p.shape.len_k,
+                                  p.shape.head_dim, p.shape.flags & FLAG_K_VECTOR);
     }
 
     DEV_METHOD void load_keys() {
         load_tile<TileK>(k_gmem(), layout.k, first_key);
         if (!WANT_DK) return;
         const Work work = key_work();
-        load_tile<TileV>(head_rows(p.v, p.v_strides, work, work.head, p.shape.len_k,
-                                   p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR),
+        load_tile<TileV>(head_rows<Storage>(p.v, p.v_strides, work, work.head, p.shape.len_k,
+                                            p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR),
                          layout.v, first_key);
     }
 
@@ -204,18 +217,22 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         for (int first = 0; first < 2 * C::BLOCK_Q; first += THREADS) {
             const int i = first + fresh_thread_id(), r = i % C::BLOCK_Q;
             if (2 * C::BLOCK_Q % THREADS != 0 && i >= 2 * C::BLOCK_Q) break;
-            const float* from = (i < C::BLOCK_Q ? p.lse_log2 : p.delta) + at + r;
+            const Real* from = (const Real*)(i < C::BLOCK_Q ? p.lse_log2 : p.delta) + at + r;
             // Rows past the end get 0: cut tiles leave them out.
             const bool exists = row + r < p.shape.len_q;
-            if constexpr (HAS_ASYNC_COPY)
-                cp_async_4(layout.lse_log2(stage) + 4 * i, from, exists ? 4 : 0);
+            const u32 to = layout.lse_log2(stage) + Layout::REAL_BYTES * i;
+            if constexpr (!HAS_ASYNC_COPY)
+                st_shared(to, exists ? *from : Real(0));
+            else if constexpr (sizeof(Real) == 8)
+                cp_async_8(to, from, exists ? 8 : 0);
             else
-                st_shared_f32(layout.lse_log2(stage) + 4 * i, exists ? *from : 0.f);
+                cp_async_4(to, from, exists ? 4 : 0);
         }
         cp_async_commit();
     }
 
-    template <class Tile> DEV_METHOD void load_tile(const GlobalRows& gmem, u32 smem, int row) {
+    template <class Tile>
+    DEV_METHOD void load_tile(const GlobalRows<Storage>& gmem, u32 smem, int row) {
         TileLoader<Tile, THREADS, C::VECTOR_ONLY> loader(gmem);
         load(loader, smem, row);
     }
@@ -230,7 +247,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         bool repaired = false;
 #pragma unroll 1
         for (int column = 0; column < C::BLOCK_Q; column += CHUNK) {
-            Accumulator<M16, CHUNK / 8> s, ds;
+            Accumulator<M16, CHUNK / 8, Real> s, ds;
             s.zero();
             multiply_transposed<Element, TileK, TileQ>(s, row_address<TileK>(layout.k, warp_key()),
                                                        row_address<TileQ>(layout.q(stage), column));
@@ -255,13 +272,20 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             }
             if constexpr (ACCUMULATE_DQ) Dq::put(layout.ds, ds, warp_key(), column);
             if constexpr (WANT_DV)
-                multiply<Element, TileDout>(dv, s,
-                                            row_address<TileDout>(layout.dout(stage), column));
+                multiply<Element, PartDout>(
+                    dv, s,
+                    row_address<TileDout>(layout.dout(stage), column) + part_offset<TileDout>());
             if constexpr (WANT_DK)
-                multiply<Element, TileQ>(dk, ds, row_address<TileQ>(layout.q(stage), column));
+                multiply<Element, PartQ>(
+                    dk, ds, row_address<TileQ>(layout.q(stage), column) + part_offset<TileQ>());
         }
         if constexpr (ACCUMULATE_DQ) add_dq(place.head, first_row, isolate && repair_k);
         return repaired;
+    }
+
+    // Where a part begins in a tile: at a slab, and slabs lie one behind the other.
+    template <class Tile> DEV_METHOD u32 part_offset() const {
+        return WHOLE ? 0 : first_column / Tile::SLAB * Tile::SLAB_BYTES;
     }
 
     // dQ += dS K for one tile of rows.
@@ -309,37 +333,41 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         repairs(tiles, [&](Place place) {
             const Range rows = rows_of_tile(place.tile);
             if constexpr (WANT_DV)
-                add_non_finite<Element>(dv, dout_gmem(place.head), rows, first_key + warp_key(),
-                                        sees);
+                add_non_finite<Element>(dv, from_column(dout_gmem(place.head), first_column), rows,
+                                        first_key + warp_key(), sees);
             if constexpr (WANT_DK)
-                add_non_finite<Element>(dk, q_gmem(place.head), rows, first_key + warp_key(), sees);
+                add_non_finite<Element>(dk, from_column(q_gmem(place.head), first_column), rows,
+                                        first_key + warp_key(), sees);
         });
     }
 
     // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the
     // accumulator's rows, queries along its columns.
-    template <int N8> DEV_METHOD void score_gradients(const Score& score, Accumulator<M16, N8>& s,
-                                                      Accumulator<M16, N8>& ds, Place place,
+    template <int N8> DEV_METHOD void score_gradients(const Score& score,
+                                                      Accumulator<M16, N8, Real>& s,
+                                                      Accumulator<M16, N8, Real>& ds, Place place,
                                                       int column, int stage) {
+        using Pair = typename PairOf<Real>::Type;
         const int lane = fresh_thread_id() % 32, first_row = place.tile * C::BLOCK_Q + column;
         const int i_0 = first_row + lane % 4 * 2, j_0 = first_key + warp_key() + lane / 4;
-        const u32 statistics = layout.lse_log2(stage) + 4 * (column + lane % 4 * 2);
+        constexpr int BYTES = Layout::REAL_BYTES;
+        const u32 statistics = layout.lse_log2(stage) + BYTES * (column + lane % 4 * 2);
         const dropout::KeepBits<C::DROPOUT, M16, N8, true> keep(
             p, key_work(), key_work().head * p.shape.group + place.head, first_row,
             first_key + warp_key());
 #pragma unroll
         for (int n = 0; n < N8; ++n) {
-            const float2 lse_log2 = ld_shared_f32x2(statistics + 32 * n);
-            const float2 delta = WANT_DK ? ld_shared_f32x2(statistics + 32 * n + Layout::DELTA)
-                                         : make_float2(0.f, 0.f);
+            Pair lse_log2, delta = {0, 0};
+            ld_shared(lse_log2, statistics + 8 * BYTES * n);
+            if (WANT_DK) ld_shared(delta, statistics + 8 * BYTES * n + Layout::DELTA);
 #pragma unroll
             for (int m = 0; m < M16; ++m)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const Logit logit =
+                    const Logit<Real> logit =
                         score.at(s.x[m][n][e], i_0 + 8 * n + e % 2, j_0 + 16 * m + e / 2 * 8);
-                    const float weight = probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
-                    s.x[m][n][e] = keep.kept(m, n, e) ? weight : 0.f;
+                    const Real weight = probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
+                    s.x[m][n][e] = keep.kept(m, n, e) ? weight : Real(0);
                     if (WANT_DK)
                         ds.x[m][n][e] =
                             weight *
@@ -350,8 +378,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     }
 
     // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
-    template <int N8>
-    DEV_METHOD void hide(Accumulator<M16, N8>& s, Accumulator<M16, N8>& ds, int first_row) {
+    template <int N8> DEV_METHOD void hide(Accumulator<M16, N8, Real>& s,
+                                           Accumulator<M16, N8, Real>& ds, int first_row) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + lane % 4 * 2,
                   j_0 = first_key + warp_key() + lane / 4;
 #pragma unroll
@@ -362,8 +390,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                 for (int e = 0; e < 4; ++e) {
                     const int i = i_0 + 8 * n + e % 2;
                     if (mask.keep(i, j_0 + 16 * m + e / 2 * 8) && i < p.shape.len_q) continue;
-                    s.x[m][n][e] = 0.f;
-                    if (WANT_DK) ds.x[m][n][e] = 0.f;
+                    s.x[m][n][e] = 0;
+                    if (WANT_DK) ds.x[m][n][e] = 0;
                 }
     }
 
@@ -372,37 +400,53 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         const Shape& shape = p.shape;
         if constexpr (WANT_DV)
             if (p.dv != nullptr)
-                store_gradient<C, TileV>(head_rows(p.dv, p.dv_strides, work, work.head, shape.len_k,
+                store_gradient<C, PartV>(
+                    from_column(head_rows<Storage>(p.dv, p.dv_strides, work, work.head, shape.len_k,
                                                    shape.head_dim_v, shape.flags & FLAG_DV_VECTOR),
-                                         layout.v, warp_key(), first_key, dv,
-                                         C::DROPOUT ? p.values.dropout.factor : 1.f);
+                                first_column),
+                    layout.v, warp_key(), first_key, dv,
+                    C::DROPOUT ? dropout::factor_of<Real>(p) : Real(1));
         if constexpr (WANT_DK)
             if (p.dk != nullptr)
-                store_gradient<C, TileK>(head_rows(p.dk, p.dk_strides, work, work.head, shape.len_k,
+                store_gradient<C, PartK>(
+                    from_column(head_rows<Storage>(p.dk, p.dk_strides, work, work.head, shape.len_k,
                                                    shape.head_dim, shape.flags & FLAG_DK_VECTOR),
-                                         layout.k, warp_key(), first_key, dk, shape.scale);
+                                first_column),
+                    layout.k, warp_key(), first_key, dk, scale_of<Real>(shape));
     }
 };
 
+// One of the gradients, in as many walks as its accumulator needs.
+template <class C, bool WANT_DK> DEV void one_gradient(const BackwardParams& p, u32 smem) {
+    using Block = KeyBlock<C, WANT_DK, !WANT_DK>;
+    constexpr int PART = WANT_DK ? Block::PART_K : Block::PART_V;
+    const int columns = Block::WHOLE ? 1 : WANT_DK ? p.shape.head_dim : p.shape.head_dim_v;
+#pragma unroll 1
+    for (int column = 0; column < columns; column += PART) {
+        if (column > 0) __syncthreads();  // keys go where the part before was staged
+        Block block(p, smem, column);
+        block.walk();
+        block.finish();
+    }
+}
+
 template <class C> DEV void key_tile(const BackwardParams& p, u32 smem) {
-    if constexpr (C::HEAD_DIM + C::HEAD_DIM_V <= 384) {
-        KeyBlock<C, true, true> block(p, smem);
+    // Columns of both accumulators that leave registers to work with.
+    using Element = typename C::Element;
+    constexpr int COLUMNS = sizeof(typename Element::Real) == 8      ? 128
+                            : sizeof(typename Element::Storage) == 4 ? 192
+                                                                     : 384;
+    if constexpr (C::HEAD_DIM + C::HEAD_DIM_V <= COLUMNS) {
+        KeyBlock<C, true, true> block(p, smem, 0);
         block.walk();
         block.finish();
     } else {
-        // 2 x 128 accumulator registers leave none to work with: the scores are computed twice
-        // instead.
+        // The scores are computed twice instead.
         if (p.dv != nullptr) {
-            KeyBlock<C, false, true> block(p, smem);
-            block.walk();
-            block.finish();
+            one_gradient<C, false>(p, smem);
             __syncthreads();
         }
-        if (p.dk != nullptr || C::ACCUMULATE_DQ) {
-            KeyBlock<C, true, false> block(p, smem);
-            block.walk();
-            block.finish();
-        }
+        if (p.dk != nullptr || C::ACCUMULATE_DQ) one_gradient<C, true>(p, smem);
     }
 }
 

@@ -11,10 +11,11 @@ namespace backward {
 
 // Shared memory: the query tiles stay, key tiles come in STAGES buffers.
 template <class C> struct QueryLayout {
-    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM>;
-    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V>;
-    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
-    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V>;
+    using Storage = typename C::Element::Storage;
+    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM, Storage>;
+    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V, Storage>;
+    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM, Storage>;
+    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V, Storage>;
     static constexpr int STAGE_BYTES = TileK::BYTES + TileV::BYTES;
     static constexpr int BYTES = TileQ::BYTES + TileDout::BYTES + C::STAGES * STAGE_BYTES;
     static_assert(BYTES == C::SHARED_BYTES,
@@ -30,28 +31,36 @@ template <class C> struct QueryLayout {
 // One query tile of one head.
 template <class C> struct QueryBlock {
     using Element = typename C::Element;
+    using Storage = typename Element::Storage;
+    using Real = typename Element::Real;
     using Score = typename C::Score;
     using Layout = QueryLayout<C>;
     using TileQ = typename Layout::TileQ;
     using TileDout = typename Layout::TileDout;
     using TileK = typename Layout::TileK;
     using TileV = typename Layout::TileV;
+    // Columns of dQ made at a time, and the tiles seen from the first of them.
+    static constexpr int PART = part_columns<C>(C::HEAD_DIM);
+    using PartQ = SharedTile<C::BLOCK_Q, PART, Storage>;
+    using PartK = SharedTile<C::BLOCK_K, PART, Storage>;
     static constexpr int THREADS = C::WARPS * 32, M16 = C::BLOCK_Q / (16 * C::WARPS);
     static_assert(M16 * 16 * C::WARPS == C::BLOCK_Q, "a warp owns whole 16-row strips");
-    static constexpr int CHUNK = chunk_columns<M16, C::HEAD_DIM, C::BLOCK_K>();
+    static constexpr int CHUNK = chunk_columns<C, M16, PART, C::BLOCK_K>();
 
     const BackwardParams& p;
     const Layout layout;
     const typename C::Mask mask;
     const Score score;
+    const int first_column;
     int first_row;
-    Accumulator<M16, C::HEAD_DIM / 8> dq;
-    float lse_log2[M16][2], delta[M16][2];
-    float slope_sum = 0.f;
+    Accumulator<M16, PART / 8, Real> dq;
+    Real lse_log2[M16][2], delta[M16][2];
+    Real slope_sum = 0;
 
-    DEV_METHOD QueryBlock(const BackwardParams& params, u32 smem)
+    DEV_METHOD QueryBlock(const BackwardParams& params, u32 smem, int column)
         : p(params),
           layout(smem),
+          first_column(column),
           mask(params, query_work(), query_work().head),
           score(make_score<C>(params, query_work(), query_work().head)) {
         const Work work = query_work();
@@ -65,8 +74,10 @@ template <class C> struct QueryBlock {
             for (int half = 0; half < 2; ++half) {
                 const int i = i_0 + 16 * m + 8 * half;
                 // A row past the end has P = exp2(s - inf) = 0.
-                lse_log2[m][half] = i < p.shape.len_q ? p.lse_log2[first + i] : positive_infinity();
-                delta[m][half] = i < p.shape.len_q ? p.delta[first + i] : 0.f;
+                const bool exists = i < p.shape.len_q;
+                lse_log2[m][half] =
+                    exists ? ((const Real*)p.lse_log2)[first + i] : Real(positive_infinity());
+                delta[m][half] = exists ? ((const Real*)p.delta)[first + i] : Real(0);
             }
     }
 
@@ -81,10 +92,10 @@ template <class C> struct QueryBlock {
     // First row of this warp inside the tile.
     DEV_METHOD static int warp_row() { return fresh_thread_id() / 32 * (16 * M16); }
 
-    DEV_METHOD GlobalRows k_gmem() const {
+    DEV_METHOD GlobalRows<Storage> k_gmem() const {
         const Work work = query_work();
-        return head_rows(p.k, p.k_strides, work, work.head / p.shape.group, p.shape.len_k,
-                         p.shape.head_dim, p.shape.flags & FLAG_K_VECTOR);
+        return head_rows<Storage>(p.k, p.k_strides, work, work.head / p.shape.group, p.shape.len_k,
+                                  p.shape.head_dim, p.shape.flags & FLAG_K_VECTOR);
     }
 
     // All keys that the tile's rows see.
@@ -95,8 +106,8 @@ template <class C> struct QueryBlock {
         const Work work = query_work();
         TileLoader<TileK, THREADS, C::VECTOR_ONLY> k_loader(k_gmem());
         TileLoader<TileV, THREADS, C::VECTOR_ONLY> v_loader(
-            head_rows(p.v, p.v_strides, work, work.head / shape.group, shape.len_k,
-                      shape.head_dim_v, shape.flags & FLAG_V_VECTOR));
+            head_rows<Storage>(p.v, p.v_strides, work, work.head / shape.group, shape.len_k,
+                               shape.head_dim_v, shape.flags & FLAG_V_VECTOR));
         const auto load_keys = [&](int tile, int stage) {
             load(k_loader, layout.k(stage), tile * C::BLOCK_K);
             load(v_loader, layout.v(stage), tile * C::BLOCK_K);
@@ -133,11 +144,11 @@ template <class C> struct QueryBlock {
     DEV_METHOD void load_rows(const Work& work) {
         const Shape& shape = p.shape;
         TileLoader<TileQ, THREADS, C::VECTOR_ONLY> q_loader(
-            head_rows(p.q, p.q_strides, work, work.head, shape.len_q, shape.head_dim,
-                      shape.flags & FLAG_Q_VECTOR));
+            head_rows<Storage>(p.q, p.q_strides, work, work.head, shape.len_q, shape.head_dim,
+                               shape.flags & FLAG_Q_VECTOR));
         TileLoader<TileDout, THREADS, C::VECTOR_ONLY> dout_loader(
-            head_rows(p.dout, p.dout_strides, work, work.head, shape.len_q, shape.head_dim_v,
-                      shape.flags & FLAG_DOUT_VECTOR));
+            head_rows<Storage>(p.dout, p.dout_strides, work, work.head, shape.len_q,
+                               shape.head_dim_v, shape.flags & FLAG_DOUT_VECTOR));
         load(q_loader, layout.q, first_row);
         load(dout_loader, layout.dout, first_row);
     }
@@ -151,7 +162,7 @@ template <class C> struct QueryBlock {
         bool repaired = false;
 #pragma unroll 1
         for (int column = 0; column < C::BLOCK_K; column += CHUNK) {
-            Accumulator<M16, CHUNK / 8> s, ds;
+            Accumulator<M16, CHUNK / 8, Real> s, ds;
             s.zero();
             ds.zero();
             multiply_transposed<Element, TileQ, TileK>(s, row_address<TileQ>(layout.q, warp_row()),
@@ -167,7 +178,10 @@ template <class C> struct QueryBlock {
                 __syncthreads();
                 repaired |= remove_non_finite<Element, TileK, THREADS, CHUNK>(k_smem, column);
             }
-            multiply<Element, TileK>(dq, ds, row_address<TileK>(k_smem, column));
+            // A part begins at a slab, and slabs of a tile lie one behind the other.
+            const u32 part =
+                PART == C::HEAD_DIM ? 0 : first_column / TileK::SLAB * TileK::SLAB_BYTES;
+            multiply<Element, PartK>(dq, ds, row_address<TileK>(k_smem, column) + part);
         }
         return repaired;
     }
@@ -180,13 +194,14 @@ template <class C> struct QueryBlock {
 #pragma unroll 1
         for (int tile = first; tile < end; tile = mask.next_tile(tile + 1, end))
             if (isolates(tile))
-                add_non_finite<Element>(dq, k_gmem(), keys_of_tile(tile), first_row + warp_row(),
-                                        sees);
+                add_non_finite<Element>(dq, from_column(k_gmem(), first_column), keys_of_tile(tile),
+                                        first_row + warp_row(), sees);
     }
 
     // ds: in dP, out the gradient of the logit. s: in raw products, out d(logit) / d(scale * q.k).
-    template <int N8> DEV_METHOD void logit_gradients(Accumulator<M16, N8>& s,
-                                                      Accumulator<M16, N8>& ds, int first_key) {
+    template <int N8> DEV_METHOD void logit_gradients(Accumulator<M16, N8, Real>& s,
+                                                      Accumulator<M16, N8, Real>& ds,
+                                                      int first_key) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,
                   j_0 = first_key + lane % 4 * 2;
         const dropout::KeepBits<C::DROPOUT, M16, N8, false> keep(p, query_work(), query_work().head,
@@ -197,7 +212,7 @@ template <class C> struct QueryBlock {
             for (int n = 0; n < N8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const Logit logit =
+                    const Logit<Real> logit =
                         score.at(s.x[m][n][e], i_0 + 16 * m + e / 2 * 8, j_0 + 8 * n + e % 2);
                     ds.x[m][n][e] = probability(logit.log2, lse_log2[m][e / 2]) *
                                     (keep.weighted(ds.x[m][n][e], m, n, e) - delta[m][e / 2]);
@@ -206,8 +221,8 @@ template <class C> struct QueryBlock {
     }
 
     // Sets both of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
-    template <int N8>
-    DEV_METHOD void hide(Accumulator<M16, N8>& s, Accumulator<M16, N8>& ds, int first_key) {
+    template <int N8> DEV_METHOD void hide(Accumulator<M16, N8, Real>& s,
+                                           Accumulator<M16, N8, Real>& ds, int first_key) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,
                   j_0 = first_key + lane % 4 * 2;
 #pragma unroll
@@ -218,13 +233,14 @@ template <class C> struct QueryBlock {
                 for (int e = 0; e < 4; ++e)
                     if (!mask.keep(i_0 + 16 * m + e / 2 * 8, j_0 + 8 * n + e % 2) ||
                         i_0 + 16 * m + e / 2 * 8 >= p.shape.len_q)
-                        s.x[m][n][e] = ds.x[m][n][e] = 0.f;
+                        s.x[m][n][e] = ds.x[m][n][e] = 0;
     }
 
     // From gradients of the logit to dS; the sum for the slope is taken in between, ALiBi being
     // added after the soft cap.
-    template <int N8> DEV_METHOD void score_gradients(const Accumulator<M16, N8>& s,
-                                                      Accumulator<M16, N8>& ds, int first_key) {
+    template <int N8> DEV_METHOD void score_gradients(const Accumulator<M16, N8, Real>& s,
+                                                      Accumulator<M16, N8, Real>& ds,
+                                                      int first_key) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,
                   j_0 = first_key + lane % 4 * 2;
         const bool want_slope = p.slope_partial != nullptr;
@@ -245,13 +261,15 @@ template <class C> struct QueryBlock {
         const Shape& shape = p.shape;
         const Work work = query_work();
         if (p.dq != nullptr)
-            store_gradient<C, TileQ>(head_rows(p.dq, p.dq_strides, work, work.head, shape.len_q,
+            store_gradient<C, PartQ>(
+                from_column(head_rows<Storage>(p.dq, p.dq_strides, work, work.head, shape.len_q,
                                                shape.head_dim, shape.flags & FLAG_DQ_VECTOR),
-                                     layout.q, warp_row(), first_row, dq, shape.scale);
+                            first_column),
+                layout.q, warp_row(), first_row, dq, scale_of<Real>(shape));
         if constexpr (!Score::FOLDED)
             if (p.slope_partial != nullptr) {
-                const float sum = block_sum<C::WARPS>(slope_sum, layout.stages);
-                if (threadIdx.x == 0) p.slope_partial[slope_place<C>(p)] = sum;
+                const Real sum = block_sum<C::WARPS>(slope_sum, layout.stages);
+                if (threadIdx.x == 0) ((Real*)p.slope_partial)[slope_place<C>(p)] = sum;
             }
     }
 };
@@ -261,8 +279,14 @@ template <class C> struct QueryBlock {
 template <class C> __device__ void backward_dq(const BackwardParams& params) {
     extern __shared__ __align__(128) u8 shared_memory[];
     backward::with_sequence<C>(params, params.shape.heads, [&](const BackwardParams& p) {
-        backward::QueryBlock<C> block(p, shared_address(shared_memory));
-        block.walk();
-        block.finish();
+        using Block = backward::QueryBlock<C>;
+#pragma unroll 1
+        for (int column = 0; column < (Block::PART == C::HEAD_DIM ? 1 : p.shape.head_dim);
+             column += Block::PART) {
+            if (column > 0) __syncthreads();  // rows go where the part before was staged
+            Block block(p, shared_address(shared_memory), column);
+            block.walk();
+            block.finish();
+        }
     });
 }

@@ -10,7 +10,8 @@
 //
 // Grid: splits * (product of own extents, tiles_q = ceil(len_q / BLOCK_Q) and tiles_k =
 // ceil(len_k / BLOCK_K) among them; packed: of the longest). Block: WARPS * 32 threads, BLOCK_Q = 16 *
-// WARPS. Shared memory: 2 * (BLOCK_Q + BLOCK_K) * (HEAD_DIM + HEAD_DIM_V) bytes.
+// WARPS. Shared memory: sizeof(Element::Storage) * (BLOCK_Q + BLOCK_K) * (HEAD_DIM +
+// HEAD_DIM_V) bytes.
 #pragma once
 
 #include "backward_tile.cuh"
@@ -19,10 +20,11 @@ namespace backward {
 
 // Shared memory: one tile of each operand.
 template <class C> struct PairLayout {
-    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM>;
-    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V>;
-    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
-    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V>;
+    using Storage = typename C::Element::Storage;
+    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM, Storage>;
+    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V, Storage>;
+    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM, Storage>;
+    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V, Storage>;
     static constexpr int DOUT = TileQ::BYTES, K = DOUT + TileDout::BYTES, V = K + TileK::BYTES;
     static constexpr int BYTES = V + TileV::BYTES;
     static_assert(BYTES == C::SHARED_BYTES,
@@ -104,6 +106,8 @@ struct PairOrder {
 //   finish(p, work, place, smem)                after the last tile; smem is free
 template <class C, class Consumer> struct PairBlock {
     using Element = typename C::Element;
+    using Storage = typename Element::Storage;
+    using Real = typename Element::Real;
     using Mask = typename C::Mask;
     using Layout = PairLayout<C>;
     using TileQ = typename Layout::TileQ;
@@ -117,7 +121,7 @@ template <class C, class Consumer> struct PairBlock {
     const Layout layout;
     PairOrder order;
     Consumer consumer;
-    float lse_log2[2], delta[2];
+    Real lse_log2[2], delta[2];
 
     DEV_METHOD PairBlock(const BackwardParams& params, u32 smem)
         : call(params), layout(smem), order(params), consumer(params) {}
@@ -198,39 +202,41 @@ template <class C, class Consumer> struct PairBlock {
     DEV_METHOD void load_rows(const BackwardParams& p, const Work& work) {
         const Shape& shape = p.shape;
         const int first_row = work.tile * C::BLOCK_Q;
-        load_tile<TileQ>(head_rows(p.q, p.q_strides, work, work.head, shape.len_q, shape.head_dim,
-                                   shape.flags & FLAG_Q_VECTOR),
+        load_tile<TileQ>(head_rows<Storage>(p.q, p.q_strides, work, work.head, shape.len_q,
+                                            shape.head_dim, shape.flags & FLAG_Q_VECTOR),
                          layout.q, first_row);
-        load_tile<TileDout>(head_rows(p.dout, p.dout_strides, work, work.head, shape.len_q,
-                                      shape.head_dim_v, shape.flags & FLAG_DOUT_VECTOR),
+        load_tile<TileDout>(head_rows<Storage>(p.dout, p.dout_strides, work, work.head, shape.len_q,
+                                               shape.head_dim_v, shape.flags & FLAG_DOUT_VECTOR),
                             layout.dout(), first_row);
         const i64 first = statistics_row<C>(p, work, work.head);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = first_row + warp_row() + lane_id() / 4 + 8 * half;
             // A row past the end has P = exp2(s - inf) = 0.
-            lse_log2[half] = i < shape.len_q ? p.lse_log2[first + i] : positive_infinity();
-            delta[half] = i < shape.len_q ? p.delta[first + i] : 0.f;
+            const bool exists = i < shape.len_q;
+            lse_log2[half] =
+                exists ? ((const Real*)p.lse_log2)[first + i] : Real(positive_infinity());
+            delta[half] = exists ? ((const Real*)p.delta)[first + i] : Real(0);
         }
     }
     DEV_METHOD void load_keys(const BackwardParams& p, const Work& work, int head, int tile) {
         const Shape& shape = p.shape;
-        load_tile<TileK>(head_rows(p.k, p.k_strides, work, head, shape.len_k, shape.head_dim,
-                                   shape.flags & FLAG_K_VECTOR),
+        load_tile<TileK>(head_rows<Storage>(p.k, p.k_strides, work, head, shape.len_k,
+                                            shape.head_dim, shape.flags & FLAG_K_VECTOR),
                          layout.k(), tile * C::BLOCK_K);
-        load_tile<TileV>(head_rows(p.v, p.v_strides, work, head, shape.len_k, shape.head_dim_v,
-                                   shape.flags & FLAG_V_VECTOR),
+        load_tile<TileV>(head_rows<Storage>(p.v, p.v_strides, work, head, shape.len_k,
+                                            shape.head_dim_v, shape.flags & FLAG_V_VECTOR),
                          layout.v(), tile * C::BLOCK_K);
     }
     template <class Tile>
-    DEV_METHOD static void load_tile(const GlobalRows& gmem, u32 smem, int first_row) {
+    DEV_METHOD static void load_tile(const GlobalRows<Storage>& gmem, u32 smem, int first_row) {
         TileLoader<Tile, THREADS, C::VECTOR_ONLY> loader(gmem);
         load(loader, smem, first_row);
     }
 
     DEV_METHOD void step(const BackwardParams& p, const Mask& mask, const Work& work,
                          const PairPlace& place) {
-        Accumulator<1, N8> s, ds;
+        Accumulator<1, N8, Real> s, ds;
         s.zero();
         ds.zero();
         multiply_transposed<Element, TileQ, TileK>(s, row_address<TileQ>(layout.q, warp_row()),
@@ -248,8 +254,8 @@ template <class C, class Consumer> struct PairBlock {
 
     // ds: in dP, out the gradient of the logit.
     DEV_METHOD void logit_gradients(const BackwardParams& p, const Work& work, int first_row,
-                                    int first_key, const Accumulator<1, N8>& s,
-                                    Accumulator<1, N8>& ds) const {
+                                    int first_key, const Accumulator<1, N8, Real>& s,
+                                    Accumulator<1, N8, Real>& ds) const {
         const typename C::Score score = make_score<C>(p, work, work.head);
         const dropout::KeepBits<C::DROPOUT, 1, N8, false> keep(p, work, work.head, first_row,
                                                                first_key);
@@ -259,7 +265,8 @@ template <class C, class Consumer> struct PairBlock {
         for (int n = 0; n < N8; ++n)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const Logit logit = score.at(s.x[0][n][e], i_0 + e / 2 * 8, j_0 + 8 * n + e % 2);
+                const Logit<Real> logit =
+                    score.at(s.x[0][n][e], i_0 + e / 2 * 8, j_0 + 8 * n + e % 2);
                 ds.x[0][n][e] = probability(logit.log2, lse_log2[e / 2]) *
                                 (keep.weighted(ds.x[0][n][e], 0, n, e) - delta[e / 2]);
             }
@@ -267,7 +274,7 @@ template <class C, class Consumer> struct PairBlock {
 
     // Nothing is multiplied: what is hidden may be NaN.
     DEV_METHOD static void hide(const Mask& mask, int len_q, int first_row, int first_key,
-                                Accumulator<1, N8>& ds) {
+                                Accumulator<1, N8, Real>& ds) {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + lane / 4,
                   j_0 = first_key + lane % 4 * 2;
 #pragma unroll
@@ -275,7 +282,7 @@ template <class C, class Consumer> struct PairBlock {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 const int i = i_0 + e / 2 * 8;
-                if (!mask.keep(i, j_0 + 8 * n + e % 2) || i >= len_q) ds.x[0][n][e] = 0.f;
+                if (!mask.keep(i, j_0 + 8 * n + e % 2) || i >= len_q) ds.x[0][n][e] = 0;
             }
     }
 };

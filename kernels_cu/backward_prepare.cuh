@@ -9,11 +9,16 @@
 namespace backward {
 
 // Sum of x[c] * y[c] over columns [first, first + 8) of one row.
-template <class C>
-DEV float dot_8(const u16* x, const u16* y, int first, int columns, bool vector) {
+template <class C, class Storage> DEV typename C::Element::Real dot_8(const Storage* x,
+                                                                      const Storage* y, int first,
+                                                                      int columns, bool vector) {
     using Element = typename C::Element;
-    float sum = 0.f;
-    if (C::VECTOR_ONLY || vector) {
+    typename Element::Real sum = 0;
+    if constexpr (sizeof(Storage) > 2) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (first + i < columns) sum = fma_of(x[first + i], y[first + i], sum);
+    } else if (C::VECTOR_ONLY || vector) {
         if (first >= columns) return 0.f;  // columns is a multiple of 8 here
         const uint4 a = ld_global_v4(x + first), b = ld_global_v4(y + first);
         const u32 pairs_a[4] = {a.x, a.y, a.z, a.w}, pairs_b[4] = {b.x, b.y, b.z, b.w};
@@ -27,21 +32,24 @@ DEV float dot_8(const u16* x, const u16* y, int first, int columns, bool vector)
 #pragma unroll
         for (int i = 0; i < 8; ++i)
             if (first + i < columns)
-                sum += Element::to_float(x[first + i]) * Element::to_float(y[first + i]);
+                sum += Element::to_real(x[first + i]) * Element::to_real(y[first + i]);
     }
     return sum;
 }
 
 // lse in the units of exp2. At huge logits the three roundings on the way here (of the scaled score,
-// of lse, of this product: together below 2^-22 of it) are whole powers of two, and a row with one
+// of lse, of this product: together below 2^-22 of it, in double 2^-51) are whole powers of two, and a row with one
 // key would get a weight of, say, 2^-8 instead of 1. The reference is lowered by that bound: weights
 // can then only be too large, and backward::probability clamps them to 1.
-DEV float reference_log2(float lse) {
-    const float x = lse * LOG2_E, size = fabsf(x);
-    return size > 1024.f && size < positive_infinity() ? x - size * 0x1p-22f : x;
+template <class Real> DEV Real reference_log2(Real lse) {
+    constexpr Real BOUND = sizeof(Real) == 8 ? 0x1p-51 : 0x1p-22;
+    const Real x = lse * LOG2_E_OF<Real>, size = abs_of(x);
+    return size > 1024 && size < positive_infinity() ? x - size * BOUND : x;
 }
 
 template <class C> DEV void prepare_rows(const BackwardParams& p) {
+    using Storage = typename C::Element::Storage;
+    using Real = typename C::Element::Real;
     // A power of two lanes per row, eight columns per lane: 16-byte loads, and the sum is a
     // butterfly inside the group.
     constexpr int LANES = C::HEAD_DIM_V <= 32    ? 4
@@ -55,11 +63,13 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
     const Work work = decode<C>(p, shape.heads);
     const int row_0 = work.tile * C::BLOCK_Q;
     const i64 first = statistics_row<C>(p, work, work.head);  // of this head in the workspaces
-    const u16* out_gmem = (const u16*)p.out + head_offset(work, p.out_strides, work.head);
-    const u16* dout_gmem = (const u16*)p.dout + head_offset(work, p.dout_strides, work.head);
-    const float* lse_gmem = p.lse + head_offset(work, p.lse_strides, work.head);
-    const float* dlse_gmem =
-        p.dlse == nullptr ? nullptr : p.dlse + head_offset(work, p.dlse_strides, work.head);
+    const Storage* out_gmem = (const Storage*)p.out + head_offset(work, p.out_strides, work.head);
+    const Storage* dout_gmem =
+        (const Storage*)p.dout + head_offset(work, p.dout_strides, work.head);
+    const Real* lse_gmem = (const Real*)p.lse + head_offset(work, p.lse_strides, work.head);
+    const Real* dlse_gmem =
+        p.dlse == nullptr ? nullptr
+                          : (const Real*)p.dlse + head_offset(work, p.dlse_strides, work.head);
     const bool vector = (shape.flags & FLAG_OUT_VECTOR) && (shape.flags & FLAG_DOUT_VECTOR);
 
     const int lane_in_row = threadIdx.x % LANES;
@@ -67,22 +77,21 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
     for (int round = 0; round < C::BLOCK_Q; round += ROWS_AT_ONCE) {
         const int row = row_0 + round + threadIdx.x / LANES;
         const bool valid = row < shape.len_q;
-        float sum = 0.f;
+        Real sum = 0;
         if (valid)
             sum = dot_8<C>(out_gmem + row * p.out_strides.row, dout_gmem + row * p.dout_strides.row,
                            8 * lane_in_row, shape.head_dim_v, vector);
 #pragma unroll
-        for (int step = LANES / 2; step > 0; step /= 2)
-            sum += __shfl_xor_sync(FULL_WARP, sum, step);
+        for (int step = LANES / 2; step > 0; step /= 2) sum += shfl_xor(sum, step);
         if (valid && lane_in_row == 0) {
-            const float lse = lse_gmem[row * p.lse_strides.row];
+            const Real lse = lse_gmem[row * p.lse_strides.row];
             // A row that sees no key has lse = -inf; +inf makes exp2(s - lse) = 0 for whatever s.
-            p.lse_log2[first + row] =
-                lse == neg_infinity() ? positive_infinity() : reference_log2(lse);
-            float delta = dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
+            ((Real*)p.lse_log2)[first + row] =
+                lse == neg_infinity() ? Real(positive_infinity()) : reference_log2(lse);
+            Real delta = dlse_gmem == nullptr ? sum : sum - dlse_gmem[row * p.dlse_strides.row];
             if constexpr (C::PACKED)
                 if (packed::is_bad(p.options)) delta = __int_as_float(0x7fffffff);
-            p.delta[first + row] = delta;
+            ((Real*)p.delta)[first + row] = delta;
         }
     }
     if (p.dq_accum == nullptr) return;

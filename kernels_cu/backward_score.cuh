@@ -13,6 +13,7 @@
 namespace backward {
 
 template <class C> struct ParameterGradients {
+    using Real = typename C::Element::Real;
     static constexpr int N8 = C::BLOCK_K / 8;
     using Expression = decltype(C::Score::modifier);
     expression::ParameterSums<Expression, C::WANTED> sums;
@@ -20,7 +21,7 @@ template <class C> struct ParameterGradients {
     DEV_METHOD explicit ParameterGradients(const BackwardParams&) {}
 
     DEV_METHOD void add(const BackwardParams& p, const Work& work, int first_row, int first_key,
-                        const Accumulator<1, N8>& s, const Accumulator<1, N8>& ds) {
+                        const Accumulator<1, N8, Real>& s, const Accumulator<1, N8, Real>& ds) {
         const typename C::Score score = make_score<C>(p, work, work.head);
         const int lane = fresh_thread_id() % 32, i_0 = first_row + lane / 4,
                   j_0 = first_key + lane % 4 * 2;

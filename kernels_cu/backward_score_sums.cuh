@@ -5,6 +5,7 @@
 #pragma once
 
 #include "exact_sum.cuh"
+#include "wide_element.cuh"
 
 template <class C> __device__ void backward_score_sums(const ScoreSumsParams& p) {
     using Element = typename C::Element;
@@ -17,7 +18,7 @@ template <class C> __device__ void backward_score_sums(const ScoreSumsParams& p)
         for (i64 at = first; at < p.elements[n]; at += step) {
             const ExactSum sum(p.words[n] + at * SUM_WORDS);
             if (p.grads_16bit >> n & 1)
-                ((u16*)p.grads[n])[at] = Element::from_float(sum.to_odd());
+                ((u16*)p.grads[n])[at] = Element::from_real(sum.to_odd());
             else
                 ((float*)p.grads[n])[at] = sum.nearest();
         }

@@ -10,11 +10,14 @@
 
 template <class C> __device__ void backward_sinks(const BackwardParams& p) {
     using Element = typename C::Element;
+    using Real = typename Element::Real;
     constexpr int THREADS = C::WARPS * 32;
-    __shared__ float scratch[C::WARPS];
+    __shared__ Real scratch[C::WARPS];
     const int h = blockIdx.x % p.shape.heads, b = blockIdx.x / p.shape.heads;
-    const float sink =
-        LOG2_E * side_value<Element>(p.options.sinks, h, p.shape.flags & FLAG_SINKS_16BIT);
+    const Real sink = LOG2_E_OF<Real> *
+                      side_value<Element>(p.options.sinks, h, p.shape.flags & FLAG_SINKS_ELEMENT);
+    const Real* lse_log2 = (const Real*)p.lse_log2;
+    const Real* delta = (const Real*)p.delta;
     i64 first = ((i64)b * p.shape.heads + h) * p.shape.len_q;
     int rows = p.shape.len_q;
     if constexpr (C::PACKED) {
@@ -23,11 +26,11 @@ template <class C> __device__ void backward_sinks(const BackwardParams& p) {
         rows = here.q_len;
     }
 
-    float sum = 0.f;
+    Real sum = 0;
 #pragma unroll 1
     for (int row = threadIdx.x; row < rows; row += THREADS)
         // lse_log2 of a row without keys is +inf only if the sink is -inf: its weight is 0.
-        sum -= backward::probability(sink, p.lse_log2[first + row]) * p.delta[first + row];
+        sum -= backward::probability(sink, lse_log2[first + row]) * delta[first + row];
     sum = backward::block_sum<C::WARPS>(sum, shared_address(scratch));
-    if (threadIdx.x == 0) p.dsinks_partial[blockIdx.x] = sum;
+    if (threadIdx.x == 0) ((Real*)p.dsinks_partial)[blockIdx.x] = sum;
 }

@@ -11,8 +11,9 @@
 namespace backward {
 
 // The share of one thread in the sum over tiles [begin, end) of a row of partials.
-template <int THREADS> DEV float sum_of_partials(const float* partial, int begin, int end) {
-    float sum = 0.f;
+template <int THREADS, class Real>
+DEV Real sum_of_partials(const Real* partial, int begin, int end) {
+    Real sum = 0;
     for (int tile = begin + threadIdx.x; tile < end; tile += THREADS) sum += partial[tile];
     return sum;
 }
@@ -36,6 +37,8 @@ DEV int first_entry(const BackwardParams& p, unsigned sequence) {
 
 template <class C> __device__ void backward_slopes(const BackwardParams& p) {
     using Element = typename C::Element;
+    using Real = typename Element::Real;
+    const Real* partial = (const Real*)p.slope_partial;
     constexpr int THREADS = C::WARPS * 32;
     static_assert(C::WARPS == 1, "the sum ends in one warp's butterfly");
     const Shape& shape = p.shape;
@@ -55,7 +58,7 @@ template <class C> __device__ void backward_slopes(const BackwardParams& p) {
     }
 
     const int tiles = p.schedule.tiles;  // query tiles of backward_dq
-    float sum = 0.f;
+    Real sum = 0;
     for (int copy = 0; copy < copies; ++copy) {
         // The copy's batch index: b_0 plus its digits along the shared axes.
         int digits = copy, b = b_0, step = 1;
@@ -69,18 +72,18 @@ template <class C> __device__ void backward_slopes(const BackwardParams& p) {
             step *= extent;
         }
         if constexpr (C::PACKED)
-            sum += backward::sum_of_partials<THREADS>(p.slope_partial + (i64)h * tiles,
+            sum += backward::sum_of_partials<THREADS>(partial + (i64)h * tiles,
                                                       backward::first_entry(p, b),
                                                       backward::first_entry(p, b + 1));
         else
-            sum += backward::sum_of_partials<THREADS>(
-                p.slope_partial + ((i64)b * shape.heads + h) * tiles, 0, tiles);
+            sum += backward::sum_of_partials<THREADS>(partial + ((i64)b * shape.heads + h) * tiles,
+                                                      0, tiles);
     }
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, step);
+    for (int step = 16; step > 0; step /= 2) sum += shfl_xor(sum, step);
     if (threadIdx.x != 0) return;
-    if (shape.flags & FLAG_SLOPES_16BIT)
-        ((u16*)p.dslopes)[at] = Element::from_float(sum);
+    if (shape.flags & FLAG_SLOPES_ELEMENT)
+        ((typename Element::Storage*)p.dslopes)[at] = Element::from_real(sum);
     else
-        ((float*)p.dslopes)[at] = sum;
+        ((float*)p.dslopes)[at] = (float)sum;
 }

@@ -23,7 +23,13 @@ namespace backward {
 // How many score columns to hold at a time, so that two score accumulators and the gradients fit
 // the 255 registers of a thread with what addresses and operands need. Turing also stages copies
 // there.
-template <int M16, int GRADIENT_COLUMNS, int BLOCK> DEV constexpr int chunk_columns() {
+template <class C, int M16, int GRADIENT_COLUMNS, int BLOCK> DEV constexpr int chunk_columns() {
+    using Element = typename C::Element;
+    if constexpr (sizeof(typename Element::Storage) > 2) {
+        const int registers = M16 * GRADIENT_COLUMNS / 8 * (int)sizeof(typename Element::Real);
+        const bool options = !C::Mask::CONTIGUOUS || C::DROPOUT || C::PACKED;
+        return BLOCK >= 32 && registers <= 64 && !options ? 32 : 16;
+    }
     const int available = (HAS_ASYNC_COPY ? 191 : 127) - M16 * GRADIENT_COLUMNS / 2;
     const int columns = available >= 64 * M16 ? 64 : available >= 32 * M16 ? 32 : 16;
     return columns < BLOCK ? columns : BLOCK;
@@ -46,62 +52,61 @@ template <class Tile> DEV u32 row_address(u32 smem, int row) {
 // scores += A B^T over the head dim, 16 M16 rows of A from a_smem on, 8 N8 rows of B from b_smem
 // on.
 template <class Element, class TileA, class TileB, int M16, int N8>
-DEV void multiply_transposed(Accumulator<M16, N8>& scores, u32 a_smem, u32 b_smem) {
+DEV void multiply_transposed(Accumulator<M16, N8, typename Element::Real>& scores, u32 a_smem,
+                             u32 b_smem) {
     static_assert(TileA::COLUMNS == TileB::COLUMNS, "both operands run over the head dim");
-    const u32 a_lane = lane_major<TileA>(a_smem), b_lane = lane_minor<TileB>(b_smem);
-#pragma unroll
+    const u32 a_lane = lane_a<TileA>(a_smem), b_lane = lane_b<TileB>(b_smem);
+#pragma unroll(Element::STEPS_AT_ONCE)
     for (int k = 0; k < TileA::COLUMNS; k += 16) {
-        u32 a_rmem[M16][4];
+        typename Element::Operand a_rmem[M16];
 #pragma unroll
         for (int m = 0; m < M16; ++m) load_a<TileA>(a_rmem[m], a_lane, 16 * m, k);
 #pragma unroll
         for (int n = 0; n < N8; n += 2) {
-            u32 b_rmem[4];
+            typename Element::Operand b_rmem;
             load_b<TileB>(b_rmem, b_lane, 8 * n, k);
 #pragma unroll
-            for (int m = 0; m < M16; ++m) {
-                Element::mma(scores.x[m][n], a_rmem[m], b_rmem[0], b_rmem[1]);
-                Element::mma(scores.x[m][n + 1], a_rmem[m], b_rmem[2], b_rmem[3]);
-            }
+            for (int m = 0; m < M16; ++m)
+                Element::multiply(scores.x[m][n], scores.x[m][n + 1], a_rmem[m], b_rmem);
         }
     }
 }
 
-// gradient += scores B, the scores rounded to 16 bits, 8 N8 rows of B from b_smem on.
-template <class Element, class TileB, int M16, int N8>
-DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8>& gradient,
-                  const Accumulator<M16, N8>& scores, u32 b_smem) {
-    const u32 b_lane = lane_major<TileB>(b_smem);
+// gradient += scores B, the scores rounded to the element type, 8 N8 rows of B from b_smem on.
+template <class Element, class TileB, int M16, int N8, class Real>
+DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8, Real>& gradient,
+                  const Accumulator<M16, N8, Real>& scores, u32 b_smem) {
+    const u32 b_lane = lane_b_trans<TileB>(b_smem);
 #pragma unroll
     for (int k = 0; k < N8 / 2; ++k) {
-        u32 a_rmem[M16][4];
+        typename Element::Operand a_rmem[M16];
 #pragma unroll
         for (int m = 0; m < M16; ++m) accumulator_to_a<Element>(a_rmem[m], scores, m, k);
 #pragma unroll
         for (int n = 0; n < TileB::COLUMNS; n += 16) {
-            u32 b_rmem[4];
+            typename Element::Operand b_rmem;
             load_b_trans<TileB>(b_rmem, b_lane, 16 * k, n);
 #pragma unroll
-            for (int m = 0; m < M16; ++m) {
-                Element::mma(gradient.x[m][n / 8], a_rmem[m], b_rmem[0], b_rmem[1]);
-                Element::mma(gradient.x[m][n / 8 + 1], a_rmem[m], b_rmem[2], b_rmem[3]);
-            }
+            for (int m = 0; m < M16; ++m)
+                Element::multiply(gradient.x[m][n / 8], gradient.x[m][n / 8 + 1], a_rmem[m],
+                                  b_rmem);
         }
     }
 }
 
 // P of one pair. lse_log2 is rounded, so for huge logits the difference may come out positive: P
 // is at most 1. NaN must pass (a plain fminf would drop it).
-DEV float probability(float logit_log2, float lse_log2) {
-    return ex2_approx(min_or_nan(logit_log2 - lse_log2, 0.f));
+template <class Real> DEV Real probability(Real logit_log2, Real lse_log2) {
+    return exp2_of(min_or_nan(logit_log2 - lse_log2, Real(0)));
 }
 
 // A gradient to its rows in global memory, times `factor`: through the warp's own rows of a tile
 // that it has no more use for.
-template <class C, class Tile, int M16>
-DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row,
-                        const Accumulator<M16, Tile::COLUMNS / 8>& acc, float factor) {
-    float factors[M16][2];
+template <class C, class Tile, int M16, class Real>
+DEV void store_gradient(const GlobalRows<typename Tile::Storage>& gmem, u32 smem, int row,
+                        int first_row, const Accumulator<M16, Tile::COLUMNS / 8, Real>& acc,
+                        Real factor) {
+    Real factors[M16][2];
 #pragma unroll
     for (int m = 0; m < M16; ++m) factors[m][0] = factors[m][1] = factor;
     __syncwarp();  // every lane has read its operands, which the gradient now overwrites
@@ -110,18 +115,34 @@ DEV void store_gradient(const GlobalRows& gmem, u32 smem, int row, int first_row
     store_rows<Tile, 16 * M16, C::VECTOR_ONLY>(gmem, smem, row, first_row);
 }
 
-// The sum of `x` over the block in a fixed order, valid in thread 0. `scratch`: one float per
+// The sum of `x` over the block in a fixed order, valid in thread 0. `scratch`: one number per
 // warp, no longer in use.
-template <int WARPS> DEV float block_sum(float x, u32 scratch) {
+template <int WARPS, class Real> DEV Real block_sum(Real x, u32 scratch) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(FULL_WARP, x, step);
+    for (int step = 16; step > 0; step /= 2) x += shfl_xor(x, step);
     __syncthreads();
-    if (lane_id() == 0) st_shared_f32(scratch + 4 * warp_id(), x);
+    if (lane_id() == 0) st_shared(scratch + (int)sizeof(Real) * warp_id(), x);
     __syncthreads();
-    float sum = 0.f;
+    Real sum = 0;
     if (threadIdx.x == 0)
-        for (int warp = 0; warp < WARPS; ++warp) sum += ld_shared_f32(scratch + 4 * warp);
+        for (int warp = 0; warp < WARPS; ++warp) {
+            Real share;
+            ld_shared(share, scratch + (int)sizeof(Real) * warp);
+            sum += share;
+        }
     return sum;
+}
+
+// Columns of a gradient made at a time: an accumulator of more than 128 doubles per 16 rows does not
+// fit the registers.
+template <class C> DEV constexpr int part_columns(int columns) {
+    return sizeof(typename C::Element::Real) == 8 && columns > 128 ? columns / 2 : columns;
+}
+// From a column on.
+template <class Storage> DEV GlobalRows<Storage> from_column(GlobalRows<Storage> rows, int first) {
+    rows.base += first;
+    rows.columns -= first;
+    return rows;
 }
 
 }  // namespace backward

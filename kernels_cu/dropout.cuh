@@ -20,6 +20,14 @@ DEV uint4 philox(uint4 x, u32 key_low, u32 key_high) {
     return x;
 }
 
+// What kept weights are multiplied by.
+template <class Real, class Params> DEV Real factor_of(const Params& p) {
+    if constexpr (sizeof(Real) == 8)
+        return p.values.dropout.factor_f64;
+    else
+        return p.values.dropout.factor;
+}
+
 // Which weights of one query head are kept.
 struct Keep {
     u32 key_low, key_high, threshold;
@@ -48,8 +56,9 @@ struct Keep {
 // Columns 2 * (lane % 4) and the next of a lane and those of its neighbour make one quad of keys:
 // one block of random numbers. Of two neighbouring quads the even lane draws the left one and the
 // odd lane the right one, and they exchange the halves.
-template <int M16, int N8> DEV void drop_weights(const dropout::Keep& keep, Accumulator<M16, N8>& p,
-                                                 int first_row, int first_key) {
+template <int M16, int N8, class Real> DEV void drop_weights(const dropout::Keep& keep,
+                                                             Accumulator<M16, N8, Real>& p,
+                                                             int first_row, int first_key) {
     const unsigned lane = fresh_thread_id() % 32, odd = lane & 1;
     // Of 16 keys the lane draws quad 0 or 1 of n even, and 2 or 3 of n odd.
     const int quad = first_key / 4 + (lane >> 1 & 1) + odd * 2;
@@ -73,8 +82,8 @@ template <int M16, int N8> DEV void drop_weights(const dropout::Keep& keep, Accu
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const u32 bits = n % 2 ? uneven : even;
-                    float& x = p.x[m][n][2 * half + e];
-                    x = bits >> (n / 2 * 2 + e) & 1u ? x : 0.f;
+                    Real& x = p.x[m][n][2 * half + e];
+                    x = bits >> (n / 2 * 2 + e) & 1u ? x : Real(0);
                 }
         }
 }

@@ -13,7 +13,7 @@ namespace dropout {
 template <bool DROPOUT, int M16, int N8, bool KEYS_ALONG_ROWS> struct KeepBits {
     template <class Params> DEV_METHOD KeepBits(const Params&, const Work&, int, int, int) {}
     DEV_METHOD bool kept(int, int, int) const { return true; }
-    DEV_METHOD float weighted(float x, int, int, int) const { return x; }
+    template <class Real> DEV_METHOD Real weighted(Real x, int, int, int) const { return x; }
 };
 
 template <int M16, int N8, bool KEYS_ALONG_ROWS> struct KeepBits<true, M16, N8, KEYS_ALONG_ROWS> {
@@ -23,11 +23,12 @@ template <int M16, int N8, bool KEYS_ALONG_ROWS> struct KeepBits<true, M16, N8, 
     // Bits of the calls that this lane's elements come from, shifted so that the places are constants.
     u32 bits[WORDS][SOURCES];
     float factor;
+    const double* factor_f64;  // in constant memory
 
     // The block begins at (first_row, first_key) of a query head; first_key is a multiple of 8.
     template <class Params>
     DEV_METHOD KeepBits(const Params& p, const Work& work, int head, int first_row, int first_key)
-        : factor(p.values.dropout.factor) {
+        : factor(p.values.dropout.factor), factor_f64(&p.values.dropout.factor_f64) {
         const int lane = fresh_thread_id() % 32;
         const Keep keep(p, work, head);
         // Element e of a block, transposed: key lane / 4 + 8 * (e / 2), row lane % 4 * 2 + e % 2. The four
@@ -70,6 +71,9 @@ template <int M16, int N8, bool KEYS_ALONG_ROWS> struct KeepBits<true, M16, N8, 
     // x times the pair's Z: 0, or 1 / (1 - p).
     DEV_METHOD float weighted(float x, int m, int n, int e) const {
         return kept(m, n, e) ? x * factor : 0.f;
+    }
+    DEV_METHOD double weighted(double x, int m, int n, int e) const {
+        return kept(m, n, e) ? x * *factor_f64 : 0.0;
     }
 };
 

@@ -11,15 +11,13 @@
 // vote is a barrier.
 template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
 DEV bool remove_non_finite(u32 smem, int first_row = 0) {
+    constexpr int CHUNKS = Tile::COLUMNS / Tile::PER_CHUNK;
     bool found = false;
 #pragma unroll 1
-    for (unsigned i = fresh_thread_id(); i < ROWS * Tile::COLUMNS / 8; i += THREADS) {
-        const u32 at =
-            smem + Tile::offset(first_row + i / (Tile::COLUMNS / 8), i % (Tile::COLUMNS / 8) * 8);
+    for (unsigned i = fresh_thread_id(); i < ROWS * CHUNKS; i += THREADS) {
+        const u32 at = smem + Tile::offset(first_row + i / CHUNKS, i % CHUNKS * Tile::PER_CHUNK);
         const uint4 chunk = ld_shared_v4(at);
-        const uint4 clean =
-            make_uint4(finite_or_zero<Element>(chunk.x), finite_or_zero<Element>(chunk.y),
-                       finite_or_zero<Element>(chunk.z), finite_or_zero<Element>(chunk.w));
+        const uint4 clean = Element::finite_chunk(chunk);
         if (clean.x == chunk.x && clean.y == chunk.y && clean.z == chunk.z && clean.w == chunk.w)
             continue;
         st_shared_v4(at, clean);
@@ -35,8 +33,10 @@ DEV bool remove_non_finite(u32 smem, int first_row = 0) {
 //   first_row   of this warp's accumulator
 //   keep        (row, key) -> bool
 template <class Element, int M16, int N8, class Keep>
-DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Range keys,
+DEV void add_non_finite(Accumulator<M16, N8, typename Element::Real>& acc,
+                        const GlobalRows<typename Element::Storage>& source, Range keys,
                         int first_row, Keep keep) {
+    using Real = typename Element::Real;
     constexpr int TOGETHER =
         4;  // column blocks per walk: all at once would need a register per load in flight
     const int lane = fresh_thread_id() % 32;
@@ -44,7 +44,7 @@ DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Ran
     for (int first = 0; first < N8; first += TOGETHER)
 #pragma unroll 1
         for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
-            const u16* row = source.base + key * source.stride;
+            const auto* row = source.base + key * source.stride;
             bool sees[M16][2];
 #pragma unroll
             for (int m = 0; m < M16; ++m)
@@ -55,35 +55,40 @@ DEV void add_non_finite(Accumulator<M16, N8>& acc, const GlobalRows& source, Ran
             for (int n = first; n < min(N8, first + TOGETHER); ++n)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    const int column = n * 8 + lane % 4 * 2 + e;
-                    const u16 bits = column < source.columns ? ld_global_u16(row + column) : 0;
-                    const float removed = is_finite<Element>(bits) ? 0.f : Element::to_float(bits);
+                    const int column = output_column<Element>(n, e, lane);
+                    const auto x = column < source.columns ? ld_global(row + column)
+                                                           : typename Element::Storage(0);
+                    const Real removed =
+                        Element::is_finite_value(x) ? Real(0) : Element::to_real(x);
 #pragma unroll
                     for (int m = 0; m < M16; ++m)
 #pragma unroll
                         for (int half = 0; half < 2; ++half)
-                            acc.x[m][n][2 * half + e] += sees[m][half] ? removed : 0.f;
+                            acc.x[m][n][2 * half + e] += sees[m][half] ? removed : Real(0);
                 }
         }
 }
 
-// The same on a finished tile of 16-bit output in shared memory, rows [row, row + ROWS) of it by
+// The same on a finished tile of output in shared memory, rows [row, row + ROWS) of it by
 // one warp: compact, because nothing in it is indexed by a register.
 template <class Element, class Tile, int ROWS, class Mask>
-DEV void add_non_finite(u32 smem, int row, const GlobalRows& source, Range keys, int first_row,
-                        const Mask& mask) {
+DEV void add_non_finite(u32 smem, int row, const GlobalRows<typename Element::Storage>& source,
+                        Range keys, int first_row, const Mask& mask) {
+    constexpr int PER_CHUNK = Tile::PER_CHUNK;
 #pragma unroll 1
     for (int key = keys.begin; key < min(keys.end, source.rows); ++key)
 #pragma unroll 1
         for (int column = fresh_thread_id() % 32; column < source.columns; column += 32) {
-            const u16 bits = ld_global_u16(source.base + key * source.stride + column);
-            if (is_finite<Element>(bits)) continue;
+            const auto x = ld_global(source.base + key * source.stride + column);
+            if (Element::is_finite_value(x)) continue;
 #pragma unroll 1
             for (int r = row; r < row + ROWS; ++r) {
                 if (!mask.keep(first_row + r, key)) continue;
-                const u32 at = smem + Tile::offset(r, column / 8 * 8) + column % 8 * 2;
-                const float sum = Element::to_float(ld_shared_u16(at)) + Element::to_float(bits);
-                st_shared_u16(at, Element::from_float(sum));
+                const u32 at = smem + Tile::offset(r, column / PER_CHUNK * PER_CHUNK) +
+                               column % PER_CHUNK * (int)sizeof(x);
+                typename Element::Storage before;
+                ld_shared(before, at);
+                st_shared(at, Element::from_real(Element::to_real(before) + Element::to_real(x)));
             }
         }
 }

@@ -10,10 +10,15 @@
 
 // Shared memory of a block: Q | K stages | V stages. The output is staged where Q was.
 template <class C> struct ForwardLayout {
-    using QTile = SharedTile<C::BLOCK_Q, C::HEAD_DIM>;
-    using KTile = SharedTile<C::BLOCK_K, C::HEAD_DIM>;
-    using VTile = SharedTile<C::BLOCK_K, C::HEAD_DIM_V>;
-    using OutTile = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V>;
+    using Storage = typename C::Element::Storage;
+    using Real = typename C::Element::Real;
+    // Columns of the output made at a time: what its accumulator has registers for.
+    static constexpr int PART =
+        sizeof(Real) == 8 && C::HEAD_DIM_V > 128 ? C::HEAD_DIM_V / 2 : C::HEAD_DIM_V;
+    using QTile = SharedTile<C::BLOCK_Q, C::HEAD_DIM, Storage>;
+    using KTile = SharedTile<C::BLOCK_K, C::HEAD_DIM, Storage>;
+    using VTile = SharedTile<C::BLOCK_K, PART, Storage>;
+    using OutTile = SharedTile<C::BLOCK_Q, PART, Storage>;
     static constexpr int THREADS = C::WARPS * 32, WARP_Q = C::BLOCK_Q / C::WARPS, M16 = WARP_Q / 16;
     static constexpr int Q = 0, K = QTile::BYTES, V = K + C::STAGES * KTile::BYTES;
     static constexpr int BYTES = V + C::STAGES * VTile::BYTES;
@@ -24,6 +29,28 @@ template <class C> struct ForwardLayout {
     static_assert(QTile::SLAB_BYTES == OutTile::SLAB_BYTES && C::HEAD_DIM_V <= C::HEAD_DIM,
                   "a warp stages its output over its own rows of Q, which nobody else reads");
 };
+
+// V of a query head and its output, from a column on.
+template <class C> DEV GlobalRows<typename C::Element::Storage> value_rows(const ForwardParams& p,
+                                                                           const Work& work,
+                                                                           int first_column) {
+    auto rows = head_rows<typename C::Element::Storage>(
+        p.v, p.v_strides, work, work.head / p.shape.group, p.shape.len_k, p.shape.head_dim_v,
+        p.shape.flags & FLAG_V_VECTOR);
+    rows.base += first_column;
+    rows.columns -= first_column;
+    return rows;
+}
+template <class C> DEV GlobalRows<typename C::Element::Storage> output_rows(const ForwardParams& p,
+                                                                            const Work& work,
+                                                                            int first_column) {
+    auto rows = head_rows<typename C::Element::Storage>(p.out, p.out_strides, work, work.head,
+                                                        p.shape.len_q, p.shape.head_dim_v,
+                                                        p.shape.flags & FLAG_OUT_VECTOR);
+    rows.base += first_column;
+    rows.columns -= first_column;
+    return rows;
+}
 
 // Brings K and V tiles to shared memory ahead of their use. Per tile, where `next` is the one after
 // it: k(tile, next), products with K, v(next), products with V.
@@ -41,11 +68,12 @@ template <class C> struct KeyValuePipeline {
     static_assert(C::STAGES == 1 || HAS_ASYNC_COPY,
                   "tiles that travel through registers need no second stage");
 
-    DEV_METHOD KeyValuePipeline(const ForwardParams& p, const Work& work, u32 smem, int end_tile)
-        : k_loader(head_rows(p.k, p.k_strides, work, work.head / p.shape.group, p.shape.len_k,
-                             p.shape.head_dim, p.shape.flags & FLAG_K_VECTOR)),
-          v_loader(head_rows(p.v, p.v_strides, work, work.head / p.shape.group, p.shape.len_k,
-                             p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR)),
+    DEV_METHOD KeyValuePipeline(const ForwardParams& p, const Work& work, int first_column,
+                                u32 smem, int end_tile)
+        : k_loader(head_rows<typename L::Storage>(p.k, p.k_strides, work, work.head / p.shape.group,
+                                                  p.shape.len_k, p.shape.head_dim,
+                                                  p.shape.flags & FLAG_K_VECTOR)),
+          v_loader(value_rows<C>(p, work, first_column)),
           k_smem(smem + L::K),
           v_smem(smem + L::V),
           end(end_tile) {}
@@ -95,9 +123,10 @@ template <class C> struct Queries {
     using L = ForwardLayout<C>;
     static constexpr int STEPS = C::HEAD_DIM / 16;
     u32 lane;
-    u32 kept[C::Q_IN_REGISTERS ? STEPS : 1][L::M16][4];
+    using Operand = typename C::Element::Operand;
+    Operand kept[C::Q_IN_REGISTERS ? STEPS : 1][L::M16];
 
-    DEV_METHOD explicit Queries(u32 smem) : lane(lane_major<typename L::QTile>(smem)) {
+    DEV_METHOD explicit Queries(u32 smem) : lane(lane_a<typename L::QTile>(smem)) {
         lane += warp_id() * L::WARP_Q * L::QTile::ROW_BYTES;
         if constexpr (C::Q_IN_REGISTERS)
 #pragma unroll
@@ -106,7 +135,7 @@ template <class C> struct Queries {
                 for (int m = 0; m < L::M16; ++m)
                     load_a<typename L::QTile>(kept[step][m], lane, m * 16, step * 16);
     }
-    DEV_METHOD void load(u32 (&a)[4], int m, int step) const {
+    DEV_METHOD void load(Operand& a, int m, int step) const {
         if constexpr (C::Q_IN_REGISTERS)
 #pragma unroll
             for (int i = 0; i < 4; ++i) a[i] = kept[step][m][i];
@@ -117,56 +146,56 @@ template <class C> struct Queries {
 
 // S = Q K^T. Column 0 of every slab first, then column 16 of every slab, ...: the addresses of one
 // column differ by constants, so that few of them are alive at a time.
-template <class C, int M16, int N8>
-DEV void query_key_product(Accumulator<M16, N8>& s, const Queries<C>& q, u32 k_smem) {
+template <class C, int M16, int N8, class Real>
+DEV void query_key_product(Accumulator<M16, N8, Real>& s, const Queries<C>& q, u32 k_smem) {
     using KTile = typename ForwardLayout<C>::KTile;
-    const u32 lane = lane_minor<KTile>(k_smem);
+    using Operand = typename C::Element::Operand;
+    const u32 lane = lane_b<KTile>(k_smem);
     s.zero();
-#pragma unroll
+#pragma unroll(C::Element::STEPS_AT_ONCE)
     for (int i = 0; i < C::HEAD_DIM / 16; ++i) {
         const int column = i % KTile::SLABS * KTile::SLAB + i / KTile::SLABS * 16;
-        u32 a[M16][4];
+        Operand a[M16];
 #pragma unroll
         for (int m = 0; m < M16; ++m) q.load(a[m], m, column / 16);
 #pragma unroll
         for (int n = 0; n < N8; n += 2) {
-            u32 b[4];
+            Operand b;
             load_b<KTile>(b, lane, n * 8, column);
 #pragma unroll
-            for (int m = 0; m < M16; ++m) {
-                C::Element::mma(s.x[m][n], a[m], b[0], b[1]);
-                C::Element::mma(s.x[m][n + 1], a[m], b[2], b[3]);
-            }
+            for (int m = 0; m < M16; ++m) C::Element::multiply(s.x[m][n], s.x[m][n + 1], a[m], b);
         }
     }
 }
 
 // O += P V
-template <class C, int M16, int N8, int O8>
-DEV void add_probability_value_product(Accumulator<M16, O8>& o,
+template <class C, int M16, int N8, int O8, class Real>
+DEV void add_probability_value_product(Accumulator<M16, O8, Real>& o,
                                        const RoundedOperand<typename C::Element, M16, N8>& p,
                                        u32 v_smem) {
     using VTile = typename ForwardLayout<C>::VTile;
-    const u32 lane = lane_major<VTile>(v_smem);
+    using Operand = typename C::Element::Operand;
+    const u32 lane = lane_b_trans<VTile>(v_smem);
 #pragma unroll
     for (int step = 0; step < N8 / 2; ++step) {
+        Operand a[M16];
+#pragma unroll
+        for (int m = 0; m < M16; ++m) p.load(a[m], m, step);
 #pragma unroll
         for (int n = 0; n < O8; n += 2) {
-            u32 b[4];
+            Operand b;
             load_b_trans<VTile>(b, lane, step * 16, n * 8);
 #pragma unroll
-            for (int m = 0; m < M16; ++m) {
-                C::Element::mma(o.x[m][n], p.a[m][step], b[0], b[1]);
-                C::Element::mma(o.x[m][n + 1], p.a[m][step], b[2], b[3]);
-            }
+            for (int m = 0; m < M16; ++m) C::Element::multiply(o.x[m][n], o.x[m][n + 1], a[m], b);
         }
     }
 }
 
 // A warp's scores in the tile that begins at (first_row, first_key).
-template <int M16, int N8> struct ScoreMap {
+template <int M16, int N8, class Real> struct ScoreMap {
+    using Score = Real;
     static constexpr int KEYS = N8 * 8;
-    Accumulator<M16, N8>& s;
+    Accumulator<M16, N8, Real>& s;
     int first_row, first_key;
 
     // Do all keys of the tile exist?
@@ -249,8 +278,8 @@ template <int M16, int N8> struct ScoreMap {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const u32 bits = word[n / 4] >> (lane % 4 * 2);
-                        float& x = s.x[m][n][2 * half + e];
-                        x = bits >> (n % 4 * 8 + e) & 1u ? x : neg_infinity();
+                        Real& x = s.x[m][n][2 * half + e];
+                        x = bits >> (n % 4 * 8 + e) & 1u ? x : Real(neg_infinity());
                     }
             }
     }
@@ -258,9 +287,13 @@ template <int M16, int N8> struct ScoreMap {
 
 // Flips the sign of every element of a tile; all threads, between barriers.
 template <class Tile, int THREADS> DEV void negate(u32 smem) {
+    constexpr int SIZE = sizeof(typename Tile::Storage), WORD = SIZE == 8 ? 8 : 4;
+    constexpr u32 SIGNS = SIZE == 2 ? 0x80008000u : 0x80000000u;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Tile::BYTES / 4; i += THREADS)
-        st_shared_u32(smem + i * 4, ld_shared_u32(smem + i * 4) ^ 0x80008000u);
+    for (int i = threadIdx.x; i < Tile::BYTES / WORD; i += THREADS) {
+        const u32 at = smem + i * WORD + (WORD - 4);  // of 64 bits the upper half
+        st_shared_u32(at, ld_shared_u32(at) ^ SIGNS);
+    }
 }
 
 // The key tiles that some of these rows see: from the first of them on, those that next_tile names.
@@ -273,25 +306,26 @@ template <class C> DEV Range key_tiles(const typename C::Mask& mask, Range rows)
 
 // Divides by the sums; writes lse and the rows of one warp. `repaired`: some tile that the mask
 // cuts held infinities or NaNs in V, which the pairs that see them get back here.
-template <class C, int M16, int O8>
-DEV void write_output(const ForwardParams& p, u32 out_smem, const Accumulator<M16, O8>& o,
-                      OnlineSoftmax<M16>& softmax, bool repaired) {
+template <class C, int M16, int O8, class Real>
+DEV void write_output(const ForwardParams& p, int first_column, u32 out_smem,
+                      const Accumulator<M16, O8, Real>& o, OnlineSoftmax<M16, Real>& softmax,
+                      bool repaired) {
     using L = ForwardLayout<C>;
     using OutTile = typename L::OutTile;
     const Shape& shape = p.shape;
     const Work work = decode<C>(p, shape.heads);
     const int first_row = work.tile * C::BLOCK_Q, row = warp_id() * L::WARP_Q;
 
-    float inverse[M16][2], lse[M16][2];
+    Real inverse[M16][2], lse[M16][2];
     softmax.template finish<C::SINKS>(inverse, lse, sink_log2<C>(p, work.head));
-    float* lse_gmem = p.lse + statistics_row<C>(p, work, work.head);
+    Real* lse_gmem = (Real*)p.lse + statistics_row<C>(p, work, work.head);
 #pragma unroll
     for (int m = 0; m < M16; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = first_row + row + m * 16 + half * 8 + lane_id() / 4;
             if (lane_id() % 4 == 0 && i < shape.len_q) lse_gmem[i] = lse[m][half];
-            if constexpr (C::DROPOUT) inverse[m][half] *= p.values.dropout.factor;
+            if constexpr (C::DROPOUT) inverse[m][half] *= dropout::factor_of<Real>(p);
         }
 
     __syncwarp();  // every lane has read its Q, which the output now overwrites
@@ -300,9 +334,7 @@ DEV void write_output(const ForwardParams& p, u32 out_smem, const Accumulator<M1
     if (repaired) {
         const typename C::Mask mask(p, work, work.head);
         const Range rows{first_row, first_row + C::BLOCK_Q}, tiles = key_tiles<C>(mask, rows);
-        const GlobalRows v_gmem =
-            head_rows(p.v, p.v_strides, work, work.head / shape.group, shape.len_k,
-                      shape.head_dim_v, shape.flags & FLAG_V_VECTOR);
+        const auto v_gmem = value_rows<C>(p, work, first_column);
         for (int tile = tiles.begin; tile < tiles.end; tile = mask.next_tile(tile + 1, tiles.end)) {
             const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
             if (mask.isolates(rows, keys, tile))
@@ -311,14 +343,14 @@ DEV void write_output(const ForwardParams& p, u32 out_smem, const Accumulator<M1
         }
         __syncwarp();
     }
-    const GlobalRows out_gmem = head_rows(p.out, p.out_strides, work, work.head, shape.len_q,
-                                          shape.head_dim_v, shape.flags & FLAG_OUT_VECTOR);
-    store_rows<OutTile, L::WARP_Q, C::VECTOR_ONLY>(out_gmem, out_smem, row, first_row);
+    store_rows<OutTile, L::WARP_Q, C::VECTOR_ONLY>(output_rows<C>(p, work, first_column), out_smem,
+                                                   row, first_row);
 }
 
-// One tile of rows of one head.
-template <class C> DEV void forward_tile(const ForwardParams& p) {
+// One tile of rows of one head, output columns from first_column on.
+template <class C> DEV void forward_tile(const ForwardParams& p, int first_column) {
     using L = ForwardLayout<C>;
+    using Real = typename L::Real;
     extern __shared__ __align__(128) u8 shared_memory[];
     const u32 smem = shared_address(shared_memory);
 
@@ -336,9 +368,9 @@ template <class C> DEV void forward_tile(const ForwardParams& p) {
 
     // Start the copies, prepare Q
     TileLoader<typename L::QTile, L::THREADS, C::VECTOR_ONLY> q_loader(
-        head_rows(p.q, p.q_strides, work, work.head, shape.len_q, shape.head_dim,
-                  shape.flags & FLAG_Q_VECTOR));
-    KeyValuePipeline<C> pipeline(p, work, smem, tiles.end);
+        head_rows<typename L::Storage>(p.q, p.q_strides, work, work.head, shape.len_q,
+                                       shape.head_dim, shape.flags & FLAG_Q_VECTOR));
+    KeyValuePipeline<C> pipeline(p, work, first_column, smem, tiles.end);
     q_loader.fetch(smem + L::Q, first_row);
     cp_async_commit();
     pipeline.start(tiles.begin);
@@ -352,9 +384,9 @@ template <class C> DEV void forward_tile(const ForwardParams& p) {
     const Queries<C> q(smem + L::Q);
 
     // S = Q K^T, P = softmax(S), O = P V, one tile of keys at a time
-    Accumulator<L::M16, C::BLOCK_K / 8> s;
-    Accumulator<L::M16, C::HEAD_DIM_V / 8> o;
-    OnlineSoftmax<L::M16> softmax(score.folded_factor());
+    Accumulator<L::M16, C::BLOCK_K / 8, Real> s;
+    Accumulator<L::M16, L::PART / 8, Real> o;
+    OnlineSoftmax<L::M16, Real> softmax(score.folded_factor());
     bool repaired = false;
     o.zero();
     for (int tile = tiles.begin, next; tile < tiles.end; tile = next) {
@@ -362,7 +394,7 @@ template <class C> DEV void forward_tile(const ForwardParams& p) {
         const Range tile_keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
         const u32 k_smem = pipeline.k(tile, next);
         query_key_product<C>(s, q, k_smem);
-        const ScoreMap<L::M16, C::BLOCK_K / 8> map{s, first_row, tile_keys.begin};
+        const ScoreMap<L::M16, C::BLOCK_K / 8, Real> map{s, first_row, tile_keys.begin};
         if constexpr (!C::Score::FOLDED) score.apply(map);
         if (mask.cuts(rows(), tile_keys, tile)) mask.hide(map, rows(), tile_keys);
         softmax.update(s, o);  // s becomes P
@@ -378,24 +410,36 @@ template <class C> DEV void forward_tile(const ForwardParams& p) {
                 remove_non_finite<typename C::Element, typename L::VTile, L::THREADS>(v_smem);
         add_probability_value_product<C>(o, probabilities, v_smem);
     }
-    write_output<C>(p, smem + L::Q, o, softmax, repaired);
+    write_output<C>(p, first_column, smem + L::Q, o, softmax, repaired);
 }
 
 // Lengths that contradict themselves: NaN in every row, so that nobody takes the output for one.
 // Here the blocks share out the rows of the arrays, whatever the tables say.
 template <class C> DEV void write_nan(const ForwardParams& p) {
     const Work work = decode_flat(p.schedule, 1, p.shape.heads);
-    const float nan = __int_as_float(0x7fffffff);
-    u16* out_gmem = (u16*)p.out + work.head * p.out_strides.head;
-    float* lse_gmem = p.lse + work.head * p.values.packed.total_q;
+    using Real = typename C::Element::Real;
+    const Real nan = __int_as_float(0x7fffffff);
+    auto* out_gmem = (typename C::Element::Storage*)p.out + work.head * p.out_strides.head;
+    Real* lse_gmem = (Real*)p.lse + work.head * p.values.packed.total_q;
     for (int i = threadIdx.x; i < C::BLOCK_Q * C::HEAD_DIM_V; i += C::WARPS * 32) {
         const i64 row = (i64)work.tile * C::BLOCK_Q + i / C::HEAD_DIM_V;
         const int column = i % C::HEAD_DIM_V;
         if (row >= p.values.packed.total_q) break;
         if (column < p.shape.head_dim_v)
-            out_gmem[row * p.out_strides.row + column] = C::Element::from_float(nan);
+            out_gmem[row * p.out_strides.row + column] = C::Element::from_real(nan);
         if (column == 0) lse_gmem[row] = nan;
     }
+}
+
+// All columns of a tile's output, in as many walks as the accumulator needs.
+template <class C> DEV void forward_columns(const ForwardParams& p) {
+    constexpr int PART = ForwardLayout<C>::PART;
+    forward_tile<C>(p, 0);
+    if constexpr (PART < C::HEAD_DIM_V)
+        if (PART < p.shape.head_dim_v) {
+            __syncthreads();  // Q goes where the output was staged
+            forward_tile<C>(p, PART);
+        }
 }
 
 template <class C> DEV void forward(const ForwardParams& p) {
@@ -405,8 +449,8 @@ template <class C> DEV void forward(const ForwardParams& p) {
         if (work.batch < 0) return;
         ForwardParams own = p;
         packed::enter<C>(own, work);
-        forward_tile<C>(own);
+        forward_columns<C>(own);
     } else {
-        forward_tile<C>(p);
+        forward_columns<C>(p);
     }
 }

@@ -64,7 +64,8 @@ struct Band {
         return key >= row + low && key <= min(row + high, len_k - 1);
     }
     template <class Map> DEV_METHOD void hide(Map map, Range, Range) const {
-        map([&](float s, int row, int key) { return keep(row, key) ? s : neg_infinity(); });
+        using Real = typename Map::Score;
+        map([&](Real s, int row, int key) { return keep(row, key) ? s : Real(neg_infinity()); });
     }
 };
 

@@ -62,14 +62,14 @@ template <class C> __device__ void merge(const MergeParams& p) {
             if (without_keys >> part & 1 || col >= p.head_dim_v) continue;
             const i64 at = row * p.head_dim_v + col;
             const float x = p.outs_are_float ? ((const float*)p.outs[part])[at]
-                                             : Element::to_float(((const u16*)p.outs[part])[at]);
+                                             : Element::to_real(((const u16*)p.outs[part])[at]);
             sum += w * x;
         }
         if (col >= p.head_dim_v) continue;
         if (p.out_is_float) {
             ((float*)p.out)[out_at + col] = sum;
         } else {
-            ((u16*)p.out)[out_at + col] = Element::from_float(sum);
+            ((u16*)p.out)[out_at + col] = Element::from_real(sum);
         }
     }
 }

@@ -42,38 +42,42 @@ template <class Element> DEV void move(const Element*& array, i64 elements) {
 template <class Element> DEV void move(Element*& array, i64 elements) {
     if (array != nullptr) array += elements;
 }
-// Of 16-bit elements.
-DEV void move(const void*& array, i64 elements) {
-    if (array != nullptr) array = (const u16*)array + elements;
+// Arrays whose type the params do not say.
+template <class Element> DEV void move_as(const void*& array, i64 elements) {
+    if (array != nullptr) array = (const Element*)array + elements;
 }
-DEV void move(void*& array, i64 elements) {
-    if (array != nullptr) array = (u16*)array + elements;
+template <class Element> DEV void move_as(void*& array, i64 elements) {
+    if (array != nullptr) array = (Element*)array + elements;
 }
 
 // A kernel's own copy of its params becomes that of one sequence.
 template <class C> DEV void enter(ForwardParams& p, const Work& work) {
+    using Storage = typename C::Element::Storage;
+    using Real = typename C::Element::Real;
     const Sequence here = sequence(p.options, work.batch);
-    move(p.q, here.q_start * p.q_strides.row);
-    move(p.k, here.k_start * p.k_strides.row);
-    move(p.v, here.k_start * p.v_strides.row);
-    move(p.out, here.q_start * p.out_strides.row);
-    move(p.lse, here.q_start);
+    move_as<Storage>(p.q, here.q_start * p.q_strides.row);
+    move_as<Storage>(p.k, here.k_start * p.k_strides.row);
+    move_as<Storage>(p.v, here.k_start * p.v_strides.row);
+    move_as<Storage>(p.out, here.q_start * p.out_strides.row);
+    move_as<Real>(p.lse, here.q_start);
     enter(p.shape, here);
 }
 template <class C> DEV void enter(BackwardParams& p, const Work& work) {
+    using Storage = typename C::Element::Storage;
+    using Real = typename C::Element::Real;
     const Sequence here = sequence(p.options, work.batch);
-    move(p.q, here.q_start * p.q_strides.row);
-    move(p.k, here.k_start * p.k_strides.row);
-    move(p.v, here.k_start * p.v_strides.row);
-    move(p.out, here.q_start * p.out_strides.row);
-    move(p.dout, here.q_start * p.dout_strides.row);
-    move(p.lse, here.q_start * p.lse_strides.row);
-    move(p.dlse, here.q_start * p.dlse_strides.row);
-    move(p.dq, here.q_start * p.dq_strides.row);
-    move(p.dk, here.k_start * p.dk_strides.row);
-    move(p.dv, here.k_start * p.dv_strides.row);
-    move(p.lse_log2, here.q_start);
-    move(p.delta, here.q_start);
+    move_as<Storage>(p.q, here.q_start * p.q_strides.row);
+    move_as<Storage>(p.k, here.k_start * p.k_strides.row);
+    move_as<Storage>(p.v, here.k_start * p.v_strides.row);
+    move_as<Storage>(p.out, here.q_start * p.out_strides.row);
+    move_as<Storage>(p.dout, here.q_start * p.dout_strides.row);
+    move_as<Real>(p.lse, here.q_start * p.lse_strides.row);
+    move_as<Real>(p.dlse, here.q_start * p.dlse_strides.row);
+    move_as<Storage>(p.dq, here.q_start * p.dq_strides.row);
+    move_as<Storage>(p.dk, here.k_start * p.dk_strides.row);
+    move_as<Storage>(p.dv, here.k_start * p.dv_strides.row);
+    move_as<Real>(p.lse_log2, here.q_start);
+    move_as<Real>(p.delta, here.q_start);
     move(p.dq_accum, (i64)here.q_start * C::HEAD_DIM);
     enter(p.shape, here);
 }

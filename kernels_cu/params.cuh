@@ -25,18 +25,19 @@ struct Shape {
     int len_q, len_k, head_dim, head_dim_v;
     // Row i sees keys j with i + band_low <= j <= i + band_high, clamped by the host.
     int band_low, band_high;
-    int q_offset;   // row i sits at position i + q_offset of the key axis (ALiBi)
-    float scale;    // natural units; any sign
-    float softcap;  // 0: none
-    int flags;      // which arrays have 16-byte rows, types of side arrays: FLAG_*
+    int q_offset;                   // row i sits at position i + q_offset of the key axis (ALiBi)
+    float scale;                    // natural units; any sign
+    float softcap;                  // 0: none
+    int flags;                      // which arrays have 16-byte rows, types of side arrays: FLAG_*
+    double scale_f64, softcap_f64;  // the same, for kernels of float64
 };
 
 constexpr int FLAG_Q_VECTOR = 1, FLAG_K_VECTOR = 2, FLAG_V_VECTOR = 4, FLAG_OUT_VECTOR = 8,
               FLAG_DOUT_VECTOR = 16;
 constexpr int FLAG_DQ_VECTOR = 32, FLAG_DK_VECTOR = 64, FLAG_DV_VECTOR = 128;
 // These arrays have the element type, else float.
-constexpr int FLAG_SLOPES_16BIT = 256, FLAG_BIAS_16BIT = 512, FLAG_SINKS_16BIT = 1024,
-              FLAG_DBIAS_16BIT = 2048;
+constexpr int FLAG_SLOPES_ELEMENT = 256, FLAG_BIAS_ELEMENT = 512, FLAG_SINKS_ELEMENT = 1024,
+              FLAG_DBIAS_ELEMENT = 2048;
 // Packed sequences: q_offset counts from len_k - len_q of each sequence.
 constexpr int FLAG_ALIGN_END = 4096;
 
@@ -73,6 +74,7 @@ struct MaskParams {
 struct DropoutParams {
     u32 threshold;
     float factor;
+    double factor_f64;
 };
 
 constexpr int MAX_SCORE_ARRAYS = 8, MAX_SCORE_SCALARS = 8, MAX_SCORE_AXES = 4;
@@ -116,7 +118,7 @@ struct ForwardParams {
     const void* k;             // [*B, Hkv, Lk, D]
     const void* v;             // [*B, Hkv, Lk, Dv]
     void* out;                 // [*B, H, Lq, Dv]
-    float* lse;                // [B, H, Lq], contiguous
+    void* lse;                 // [B, H, Lq], contiguous, Real
     const void* alibi_slopes;  // [*B, H] or null
     OptionPointers options;
     Strides q_strides, k_strides, v_strides, out_strides, slope_strides;
@@ -141,22 +143,23 @@ struct BackwardParams {
     const void* v;
     const void* out;
     const void* dout;
-    const float* lse;   // [*B, H, Lq]
-    const float* dlse;  // [*B, H, Lq] or null
+    const void* lse;   // [*B, H, Lq], Real
+    const void* dlse;  // [*B, H, Lq] or null, Real
     const void* alibi_slopes;
     void* dq;  // null: not wanted
     void* dk;
     void* dv;
     void* dslopes;  // [slope shape], null: not wanted
     // Workspace [B, H, Lq]: lse * log2(e); +inf for rows that see no key, so that P = 0.
-    float* lse_log2;
-    float* delta;  // workspace [B, H, Lq]: rowsum(dout * out) - dlse
+    void* lse_log2;  // Real, as all workspaces
+    void* delta;     // workspace [B, H, Lq]: rowsum(dout * out) - dlse
     // Workspace [B, H, Lq, HEAD_DIM]; null when dq is computed by its own pass.
     float* dq_accum;
-    float* slope_partial;  // workspace [B, H, q tiles]
+    void* slope_partial;  // workspace [B, H, q tiles]
     OptionPointers options;
-    void* dbias;            // [splits, bias shape], float unless FLAG_DBIAS_16BIT
-    float* dsinks_partial;  // [B, H]
+    // [splits, bias shape]: Real where there are several; else float unless FLAG_DBIAS_ELEMENT
+    void* dbias;
+    void* dsinks_partial;  // [B, H], Real
     i64* score_grads
         [MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS] each (exact_sum.cuh); null: not wanted
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, dlse_strides;

@@ -38,6 +38,12 @@ DEV u32 opaque(u32 x) {
     asm volatile("mov.u32 %0, %0;" : "+r"(x));
     return x;
 }
+DEV int opaque(int x) { return (int)opaque((u32)x); }
+DEV float opaque(float x) { return __uint_as_float(opaque(__float_as_uint(x))); }
+DEV double opaque(double x) {
+    asm volatile("mov.f64 %0, %0;" : "+d"(x));
+    return x;
+}
 DEV float neg_infinity() { return __int_as_float(0xff800000); }
 DEV float positive_infinity() { return __int_as_float(0x7f800000); }
 
@@ -112,6 +118,24 @@ DEV uint4 ld_shared_v4(u32 smem) {
                  : "memory");
     return x;
 }
+DEV float4 ld_shared_f32x4(u32 smem) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(smem)
+                 : "memory");
+    return x;
+}
+DEV double ld_shared_f64(u32 smem) {
+    double x;
+    asm volatile("ld.shared.f64 %0, [%1];" : "=d"(x) : "r"(smem) : "memory");
+    return x;
+}
+DEV double2 ld_shared_f64x2(u32 smem) {
+    double2 x;
+    asm volatile("ld.shared.v2.f64 {%0, %1}, [%2];" : "=d"(x.x), "=d"(x.y) : "r"(smem) : "memory");
+    return x;
+}
 DEV void st_shared_u16(u32 smem, u16 x) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(smem), "h"(x) : "memory");
 }
@@ -119,11 +143,47 @@ DEV void st_shared_u32(u32 smem, u32 x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
 DEV void st_shared_f32(u32 smem, float x) { st_shared_u32(smem, __float_as_uint(x)); }
+DEV void st_shared_f32x4(u32 smem, float4 x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(x.x), "f"(x.y),
+                 "f"(x.z), "f"(x.w)
+                 : "memory");
+}
+DEV void st_shared_f64(u32 smem, double x) {
+    asm volatile("st.shared.f64 [%0], %1;" ::"r"(smem), "d"(x) : "memory");
+}
+DEV void st_shared_f64x2(u32 smem, double2 x) {
+    asm volatile("st.shared.v2.f64 [%0], {%1, %2};" ::"r"(smem), "d"(x.x), "d"(x.y) : "memory");
+}
 DEV void st_shared_v4(u32 smem, uint4 x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y),
                  "r"(x.z), "r"(x.w)
                  : "memory");
 }
+
+// The same by the type of the element.
+DEV u16 ld_global(const u16* gmem) { return ld_global_u16(gmem); }
+DEV float ld_global(const float* gmem) { return *gmem; }
+DEV double ld_global(const double* gmem) { return *gmem; }
+DEV void st_global(u16* gmem, u16 x) { st_global_u16(gmem, x); }
+DEV void st_global(float* gmem, float x) { *gmem = x; }
+DEV void st_global(double* gmem, double x) { *gmem = x; }
+DEV void ld_shared(u16& x, u32 smem) { x = ld_shared_u16(smem); }
+DEV void ld_shared(float& x, u32 smem) { x = ld_shared_f32(smem); }
+DEV void ld_shared(double& x, u32 smem) { x = ld_shared_f64(smem); }
+DEV void ld_shared(float2& x, u32 smem) { x = ld_shared_f32x2(smem); }
+DEV void ld_shared(double2& x, u32 smem) { x = ld_shared_f64x2(smem); }
+DEV void st_shared(u32 smem, u16 x) { st_shared_u16(smem, x); }
+DEV void st_shared(u32 smem, float x) { st_shared_f32(smem, x); }
+DEV void st_shared(u32 smem, double x) { st_shared_f64(smem, x); }
+
+// Two neighbours.
+template <class Real> struct PairOf;
+template <> struct PairOf<float> {
+    using Type = float2;
+};
+template <> struct PairOf<double> {
+    using Type = double2;
+};
 
 // ---- asynchronous copies (sm_80+; callers test HAS_ASYNC_COPY where a substitute is needed) -----
 
@@ -140,6 +200,14 @@ DEV void cp_async_16(u32 smem, const void* gmem, int bytes) {
 DEV void cp_async_4(u32 smem, const void* gmem, int bytes) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(smem),
+                 "l"(global_address(gmem)), "r"(bytes)
+                 : "memory");
+#endif
+}
+// 8 bytes, likewise.
+DEV void cp_async_8(u32 smem, const void* gmem, int bytes) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem),
                  "l"(global_address(gmem)), "r"(bytes)
                  : "memory");
 #endif
@@ -231,6 +299,39 @@ DEV void mma_m16n8k16_f16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 #endif
 
+// 32- and 64-bit elements. A: [row lane/4, + 8] of each k; k is lane % 4, + 4, ...
+#if __CUDA_ARCH__ >= 800
+DEV void mma_m16n8k8_tf32(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// 8 rows, k 4.
+DEV void mma_m8n8k4_f64(double& d0, double& d1, double a, double b) {
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+d"(d0), "+d"(d1)
+                 : "d"(a), "d"(b));
+}
+#endif
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+constexpr bool HAS_WIDE_MMA_F64 = true;
+#else
+constexpr bool HAS_WIDE_MMA_F64 = false;
+#endif
+// 16 rows, k 16. Callers test HAS_WIDE_MMA_F64. a[half][n], b[n]: k = lane % 4 + 4 n.
+DEV void mma_m16n8k16_f64(double (&d)[4], const double (&a)[2][4], const double (&b)[4]) {
+#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7, %8, %9, %10, %11}, {%12, %13, %14, %15}, {%0, %1, %2, %3};"
+        : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+        : "d"(a[0][0]), "d"(a[1][0]), "d"(a[0][1]), "d"(a[1][1]), "d"(a[0][2]), "d"(a[1][2]),
+          "d"(a[0][3]), "d"(a[1][3]), "d"(b[0]), "d"(b[1]), "d"(b[2]), "d"(b[3]));
+#endif
+}
+
 // ---- conversions: `low` goes to the lower 16 bits; round to nearest even, subnormals kept -------
 
 DEV u16 cvt_rn_f16_f32(float x) {
@@ -257,6 +358,15 @@ DEV u32 cvt_rn_bf16x2_f32(float low, float high) {
 #else
 DEV u32 cvt_rn_f16x2_f32(float low, float high) {
     return (u32)cvt_rn_f16_f32(low) | (u32)cvt_rn_f16_f32(high) << 16;
+}
+#endif
+
+#if __CUDA_ARCH__ >= 800
+// The nearest number of 10 mantissa bits (ties away from 0): what a tf32 product reads of a float.
+DEV u32 cvt_rna_tf32(float x) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
 }
 #endif
 

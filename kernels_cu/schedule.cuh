@@ -54,9 +54,11 @@ DEV i64 head_offset(const Work& work, const AnyStrides& strides, int head) {
     return offset;
 }
 
-// [rows, columns] of one head of a 16-bit array; `vector`: its rows start on 16-byte boundaries.
-DEV GlobalRows head_rows(const void* array, const Strides& strides, const Work& work, int head,
-                         int rows, int columns, bool vector) {
-    u16* base = (u16*)array + head_offset(work, strides, head);
-    return {base, strides.row, rows, columns, vector && columns % 8 == 0};
+// [rows, columns] of one head; `vector`: its rows start on 16-byte boundaries.
+template <class Storage>
+DEV GlobalRows<Storage> head_rows(const void* array, const Strides& strides, const Work& work,
+                                  int head, int rows, int columns, bool vector) {
+    Storage* base = (Storage*)array + head_offset(work, strides, head);
+    constexpr int PER_CHUNK = 16 / sizeof(Storage);
+    return {base, strides.row, rows, columns, vector && columns % PER_CHUNK == 0};
 }

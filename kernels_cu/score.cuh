@@ -4,21 +4,24 @@
 
 #include "packed.cuh"
 
-// Relative error below 4e-7 everywhere: tanh.approx (5e-4) would be visible in the output.
-DEV float tanh_accurate(float x) {
-    const float a = fabsf(x), x2 = x * x;
-    // Near 0 the exponential form cancels; odd polynomial, minimax on [0, 0.55].
-    const float p =
-        fmaf(x2, fmaf(x2, fmaf(x2, 0.0163248945f, -0.0526107661f), 0.133198217f), -0.333329231f);
-    const float small = fmaf(x * x2, p, x);
-    const float large = 1.f - 2.f * rcp_approx(ex2_approx(a * (2.f * LOG2_E)) + 1.f);
-    return a < 0.55f ? small : copysignf(large, x);
+// Scale and soft cap in the type that scores are kept in.
+template <class Real> DEV Real scale_of(const Shape& shape) {
+    if constexpr (sizeof(Real) == 8)
+        return shape.scale_f64;
+    else
+        return shape.scale;
+}
+template <class Real> DEV Real softcap_of(const Shape& shape) {
+    if constexpr (sizeof(Real) == 8)
+        return shape.softcap_f64;
+    else
+        return shape.softcap;
 }
 
 // What one raw product q.k turns into.
-struct Logit {
-    float log2;        // final logit times log2(e): the argument of exp2
-    float derivative;  // d(logit) / d(scale * q.k)
+template <class Real> struct Logit {
+    Real log2;        // final logit times log2(e): the argument of exp2
+    Real derivative;  // d(logit) / d(scale * q.k)
 };
 
 namespace score {
@@ -36,83 +39,83 @@ namespace score {
 //                          so that they are made once per tile
 
 // scale * q.k, scale != 0.
-struct Linear {
+template <class Real> struct Linear {
     static constexpr bool FOLDED = true;
-    float factor;  // signed
+    Real factor;  // signed
 
-    template <class Params> DEV_METHOD Linear(const Params& p, const Work&, int, float)
-        : factor(p.shape.scale * LOG2_E) {}
+    template <class Params> DEV_METHOD Linear(const Params& p, const Work&, int, Real)
+        : factor(scale_of<Real>(p.shape) * LOG2_E_OF<Real>) {}
 
-    DEV_METHOD float folded_factor() const { return fabsf(factor); }
-    DEV_METHOD bool negative() const { return factor < 0.f; }
+    DEV_METHOD Real folded_factor() const { return abs_of(factor); }
+    DEV_METHOD bool negative() const { return factor < 0; }
 
-    DEV_METHOD Logit at(float s, int, int) const { return {s * factor, 1.f}; }
+    DEV_METHOD Logit<Real> at(Real s, int, int) const { return {s * factor, 1}; }
 
     template <class Map> DEV_METHOD void apply(Map map) const {
-        map([&](float s, int, int) { return s * factor; });
+        map([&](Real s, int, int) { return s * factor; });
     }
 };
 
 // Any scale, soft cap and ALiBi, decided at run time by branches that all threads take alike.
-struct Shaped {
+template <class Real> struct Shaped {
     static constexpr bool FOLDED = false;
-    float scale, softcap, inverse_softcap;
-    float slope_log2;  // slope * log2(e)
+    Real scale, softcap, inverse_softcap;
+    Real slope_log2;  // slope * log2(e)
     int q_offset;
 
-    template <class Params> DEV_METHOD Shaped(const Params& p, const Work&, int, float slope)
-        : scale(p.shape.scale),
-          softcap(p.shape.softcap),
-          inverse_softcap(p.shape.softcap > 0.f ? 1.f / p.shape.softcap : 0.f),
-          slope_log2(slope * LOG2_E),
+    template <class Params> DEV_METHOD Shaped(const Params& p, const Work&, int, Real slope)
+        : scale(scale_of<Real>(p.shape)),
+          softcap(softcap_of<Real>(p.shape)),
+          inverse_softcap(softcap > 0 ? 1 / softcap : 0),
+          slope_log2(slope * LOG2_E_OF<Real>),
           q_offset(p.shape.q_offset) {}
 
-    DEV_METHOD float folded_factor() const { return 1.f; }
+    DEV_METHOD Real folded_factor() const { return 1; }
     DEV_METHOD bool negative() const { return false; }
 
-    DEV_METHOD Logit at(float s, int row, int key) const {
-        Logit logit = scaled(s, LOG2_E);
-        if (slope_log2 != 0.f) logit.log2 = biased(logit.log2, row, key);
+    DEV_METHOD Logit<Real> at(Real s, int row, int key) const {
+        Logit<Real> logit = scaled(s, LOG2_E_OF<Real>);
+        if (slope_log2 != 0) logit.log2 = biased(logit.log2, row, key);
         return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
-        apply_scale(map, LOG2_E);
+        apply_scale(map, LOG2_E_OF<Real>);
         apply_alibi(map);
     }
     // d(logit) / d(slope)
-    DEV_METHOD float alibi_distance(int row, int key) const {
-        return -fabsf((float)(row + q_offset - key));
+    DEV_METHOD Real alibi_distance(int row, int key) const {
+        return -abs_of((Real)(row + q_offset - key));
     }
 
     // The same made from constant memory at this place, so that a main loop does not carry it.
     DEV_METHOD Shaped anew(const Shape& shape) const {
         Shaped made = *this;
-        made.scale = __uint_as_float(opaque(__float_as_uint(shape.scale)));
-        made.softcap = __uint_as_float(opaque(__float_as_uint(shape.softcap)));
-        made.inverse_softcap = made.softcap > 0.f ? 1.f / made.softcap : 0.f;
+        made.scale = opaque(scale_of<Real>(shape));
+        made.softcap = opaque(softcap_of<Real>(shape));
+        made.inverse_softcap = made.softcap > 0 ? 1 / made.softcap : 0;
         return made;
     }
 
     // ---- the steps, for scores that put others between them; `unit`: 1 for natural, LOG2_E for log2 units
 
-    DEV_METHOD Logit scaled(float s, float unit) const {
-        return softcap > 0.f ? capped(s, unit) : Logit{s * (scale * unit), 1.f};
+    DEV_METHOD Logit<Real> scaled(Real s, Real unit) const {
+        return softcap > 0 ? capped(s, unit) : Logit<Real>{s * (scale * unit), 1};
     }
-    DEV_METHOD Logit capped(float s, float unit) const {
-        const float t = tanh_accurate(s * scale * inverse_softcap);
-        return {softcap * unit * t, 1.f - t * t};
+    DEV_METHOD Logit<Real> capped(Real s, Real unit) const {
+        const Real t = tanh_of(s * scale * inverse_softcap);
+        return {softcap * unit * t, 1 - t * t};
     }
-    DEV_METHOD float biased(float log2, int row, int key) const {
-        return fmaf(slope_log2, alibi_distance(row, key), log2);
+    DEV_METHOD Real biased(Real log2, int row, int key) const {
+        return fma_of(slope_log2, alibi_distance(row, key), log2);
     }
-    template <class Map> DEV_METHOD void apply_scale(Map map, float unit) const {
-        if (softcap > 0.f)
-            map([&](float s, int, int) { return capped(s, unit).log2; });
+    template <class Map> DEV_METHOD void apply_scale(Map map, Real unit) const {
+        if (softcap > 0)
+            map([&](Real s, int, int) { return capped(s, unit).log2; });
         else
-            map([&](float s, int, int) { return s * (scale * unit); });
+            map([&](Real s, int, int) { return s * (scale * unit); });
     }
     template <class Map> DEV_METHOD void apply_alibi(Map map) const {
-        if (slope_log2 != 0.f) map([&](float s, int row, int key) { return biased(s, row, key); });
+        if (slope_log2 != 0) map([&](Real s, int row, int key) { return biased(s, row, key); });
     }
 };
 
@@ -134,7 +137,9 @@ struct Unmodified {
 // Everything: Shaped, and between soft cap and ALiBi a score expression and a bias.
 template <class Element, bool HAS_BIAS, class Modifier> struct General {
     static constexpr bool FOLDED = false;
-    Shaped shaped;
+    using Storage = typename Element::Storage;
+    using Real = typename Element::Real;
+    Shaped<Real> shaped;
     // Into constant memory: a main loop has no registers to keep what it can read there.
     const Shape* shape;
     const PairStrides* steps;
@@ -143,7 +148,7 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     Modifier modifier;
 
     template <class Params>
-    DEV_METHOD General(const Params& p, const Work& work, int head_, float slope)
+    DEV_METHOD General(const Params& p, const Work& work, int head_, Real slope)
         : shaped(p, work, head_, slope),
           shape(&p.shape),
           steps(&p.values.bias),
@@ -154,70 +159,72 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
             bias = (const u8*)p.options.bias + (head_offset(work, *steps, head) << log2_bytes());
     }
 
-    DEV_METHOD float folded_factor() const { return 1.f; }
+    DEV_METHOD Real folded_factor() const { return 1; }
     DEV_METHOD bool negative() const { return false; }
 
-    DEV_METHOD Logit at(float s, int row, int key) const {
-        Logit logit = shaped.scaled(s, UNIT);
+    DEV_METHOD Logit<Real> at(Real s, int row, int key) const {
+        Logit<Real> logit = shaped.scaled(s, UNIT);
         if constexpr (Modifier::CHANGES) {
-            const float2 changed = modifier.with_derivative(logit.log2, batch, head, row, key);
-            logit = {changed.x * LOG2_E, logit.derivative * changed.y};
+            const auto changed = modifier.with_derivative(logit.log2, batch, head, row, key);
+            logit = {changed.x * LOG2_E_OF<Real>, logit.derivative * changed.y};
         }
         if constexpr (HAS_BIAS) logit.log2 = with_bias(logit.log2, bias_at(row, key));
-        if (shaped.slope_log2 != 0.f) logit.log2 = shaped.biased(logit.log2, row, key);
+        if (shaped.slope_log2 != 0) logit.log2 = shaped.biased(logit.log2, row, key);
         return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
-        const Shaped shaped = this->shaped.anew(*shape);
+        const Shaped<Real> shaped = this->shaped.anew(*shape);
         shaped.apply_scale(map, UNIT);
         if constexpr (Modifier::CHANGES)
-            map([&](float s, int row, int key) {
-                return modifier.value(s, batch, head, row, key) * LOG2_E;
+            map([&](Real s, int row, int key) {
+                return modifier.value(s, batch, head, row, key) * LOG2_E_OF<Real>;
             });
         if constexpr (HAS_BIAS) apply_bias(map);
         shaped.apply_alibi(map);
     }
-    DEV_METHOD float alibi_distance(int row, int key) const {
+    DEV_METHOD Real alibi_distance(int row, int key) const {
         return shaped.alibi_distance(row, key);
     }
     // Of the nearest pair that exists: a bias has no element past the ends, where scores are not
     // used.
-    DEV_METHOD float bias_at(int row, int key) const {
+    DEV_METHOD Real bias_at(int row, int key) const {
         // opaque: products of steps are not kept from one pair to the next.
         const int i = opaque(min(row, shape->len_q - 1)), j = opaque(min(key, shape->len_k - 1));
         const u8* from = bias + ((i * steps->row + j * steps->key) << log2_bytes());
-        return bias_16bit() ? Element::to_float(ld_global_u16((const u16*)from))
-                            : ld_global_f32((const float*)from);
+        return bias_is_element() ? Element::to_real(ld_global((const Storage*)from))
+                                 : (Real)ld_global_f32((const float*)from);
     }
 
   private:
-    static constexpr float UNIT = Modifier::CHANGES ? 1.f : LOG2_E;
+    static constexpr Real UNIT = Modifier::CHANGES ? 1 : LOG2_E_OF<Real>;
 
-    DEV_METHOD bool bias_16bit() const { return (shape->flags & FLAG_BIAS_16BIT) != 0; }
-    DEV_METHOD int log2_bytes() const { return bias_16bit() ? 1 : 2; }
-    DEV float with_bias(float log2, float bias) { return fmaf(bias, LOG2_E, log2); }
+    static constexpr bool HALVES = sizeof(Storage) == 2;
+    static constexpr int LOG2_SIZE = HALVES ? 1 : sizeof(Storage) == 4 ? 2 : 3;
+    DEV_METHOD bool bias_is_element() const { return (shape->flags & FLAG_BIAS_ELEMENT) != 0; }
+    DEV_METHOD int log2_bytes() const { return bias_is_element() ? LOG2_SIZE : 2; }
+    DEV Real with_bias(Real log2, Real bias) { return fma_of(bias, LOG2_E_OF<Real>, log2); }
 
     template <class Map> DEV_METHOD void apply_bias(Map map) const {
         const bool wide_loads = steps->key == 1 && map.inside(shape->len_k);
         const auto row_of = [&](int row, int key) {
             return bias + ((min(row, shape->len_q - 1) * steps->row + key) << log2_bytes());
         };
-        if constexpr (Map::KEYS % 32 == 0)
-            if (wide_loads && bias_16bit() && aligned(8))
+        if constexpr (HALVES && Map::KEYS % 32 == 0)
+            if (wide_loads && bias_is_element() && aligned(8))
                 return map.octets([&](u32(&word)[4], int row,
                                       int key) { ld_global_words(word, row_of(row, key)); },
                                   [&](float& x, float& y, u32 word) {
                                       const float2 pair = unpack<Element>(word);
                                       x = with_bias(x, pair.x), y = with_bias(y, pair.y);
                                   });
-        if (wide_loads && !bias_16bit() && aligned(2))
-            return map.pairs([&](float& x, float& y, int row, int key) {
+        if (wide_loads && !bias_is_element() && aligned(2))
+            return map.pairs([&](Real& x, Real& y, int row, int key) {
                 u32 words[2];
                 ld_global_words(words, row_of(row, key));
                 x = with_bias(x, __uint_as_float(words[0]));
                 y = with_bias(y, __uint_as_float(words[1]));
             });
-        map.pairs([&](float& x, float& y, int row, int key) {
+        map.pairs([&](Real& x, Real& y, int row, int key) {
             x = with_bias(x, bias_at(row, key)), y = with_bias(y, bias_at(row, key + 1));
         });
     }
@@ -229,29 +236,32 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
 
 }  // namespace score
 
-// One element of an array of floats, or of 16-bit elements where `narrow`.
-template <class Element> DEV float side_value(const void* array, i64 at, bool narrow) {
-    return narrow ? Element::to_float(ld_global_u16((const u16*)array + at))
-                  : ((const float*)array)[at];
+// One element of an array of floats, or of elements where `element`.
+template <class Element>
+DEV typename Element::Real side_value(const void* array, i64 at, bool element) {
+    return element ? Element::to_real(ld_global((const typename Element::Storage*)array + at))
+                   : ((const float*)array)[at];
 }
 
 // The score of one query head, from any kernel's params.
 template <class Config, class Params>
 DEV typename Config::Score make_score(const Params& p, const Work& work, int head) {
-    float slope = 0.f;
+    typename Config::Element::Real slope = 0;
     if constexpr (!Config::Score::FOLDED)
         if (p.alibi_slopes != nullptr)
             slope = side_value<typename Config::Element>(p.alibi_slopes,
                                                          head_offset(work, p.slope_strides, head),
-                                                         p.shape.flags & FLAG_SLOPES_16BIT);
+                                                         p.shape.flags & FLAG_SLOPES_ELEMENT);
     return typename Config::Score(p, work, head, slope);
 }
 
 // The sink of a query head in log2 units, -inf without sinks.
-template <class Config, class Params> DEV float sink_log2(const Params& p, int head) {
+template <class Config, class Params>
+DEV typename Config::Element::Real sink_log2(const Params& p, int head) {
+    using Real = typename Config::Element::Real;
     if constexpr (Config::SINKS)
-        return LOG2_E * side_value<typename Config::Element>(p.options.sinks, head,
-                                                             p.shape.flags & FLAG_SINKS_16BIT);
+        return LOG2_E_OF<Real> * side_value<typename Config::Element>(
+                                     p.options.sinks, head, p.shape.flags & FLAG_SINKS_ELEMENT);
     else
         return neg_infinity();
 }

@@ -27,7 +27,7 @@ template <class Element> struct Reader {
 
     DEV_METHOD float operator()(i64 at) const {
         if (at < 0) return __uint_as_float(0x7fffffff);
-        return narrow ? Element::to_float(__ldg((const u16*)array + at))
+        return narrow ? Element::to_real(__ldg((const typename Element::Storage*)array + at))
                       : __ldg((const float*)array + at);
     }
 };

@@ -11,47 +11,47 @@
 // log2 units, keeping the old one is exact too (P stays below 2^HEADROOM, with the same relative
 // precision) and saves the rescaling of the output, which otherwise costs as much as the
 // exponentials.
-template <int M16> struct OnlineSoftmax {
-    static constexpr float HEADROOM = 8.f;  // 2^8 is far below 65504, the largest float16
-    static constexpr float LOWEST = -3.4028234e38f;
+template <int M16, class Real = float> struct OnlineSoftmax {
+    static constexpr Real HEADROOM = 8;  // 2^8 is far below 65504, the largest float16
+    static constexpr Real LOWEST = sizeof(Real) == 8 ? -1.7976931348623157e308 : -3.4028234e38f;
     // Beyond this, rounding reference*c apart from s*c moves exp2 of the maximum visibly off 1 (and
     // off any scale for logits near 2^37), so the reference is subtracted before the
     // multiplication.
-    static constexpr float HUGE_LOGIT = 1024.f;
+    static constexpr Real HUGE_LOGIT = 1024;
 
-    float c;                  // log2 units per score unit, > 0
-    float reference[M16][2];  // score units
-    float sum[M16][2];        // of this lane's columns only, until finish
+    Real c;                  // log2 units per score unit, > 0
+    Real reference[M16][2];  // score units
+    Real sum[M16][2];        // of this lane's columns only, until finish
 
-    DEV_METHOD explicit OnlineSoftmax(float log2_per_score) : c(log2_per_score) {
+    DEV_METHOD explicit OnlineSoftmax(Real log2_per_score) : c(log2_per_score) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-                reference[m][half] = neg_infinity(), sum[m][half] = 0.f;
+                reference[m][half] = neg_infinity(), sum[m][half] = 0;
     }
 
     // Finite even when every score so far is -inf: there is no (-inf) - (-inf), and exp2(-inf -
     // LOWEST) = 0.
-    DEV_METHOD float in_log2(float score) const { return fmaxf(score * c, LOWEST); }
+    DEV_METHOD Real in_log2(Real score) const { return max_of(score * c, LOWEST); }
 
     // s: scores in, probabilities out. o: scaled to the reference they are relative to.
     template <int N8, int O8>
-    DEV_METHOD void update(Accumulator<M16, N8>& s, Accumulator<M16, O8>& o) {
-        float offset[M16][2], growth[M16][2];
+    DEV_METHOD void update(Accumulator<M16, N8, Real>& s, Accumulator<M16, O8, Real>& o) {
+        Real offset[M16][2], growth[M16][2];
         bool grew = false, huge = false;
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const float highest = fmaxf(row_maximum(s.x[m], half), reference[m][half]);
-                const float before = in_log2(reference[m][half]), after = in_log2(highest);
+                const Real highest = max_of(row_maximum(s.x[m], half), reference[m][half]);
+                const Real before = in_log2(reference[m][half]), after = in_log2(highest);
                 // Two huge maxima may round to one product; their difference is exact before the
                 // multiplication (and infinite when there was no maximum, so that growth is 0).
-                const float rise =
+                const Real rise =
                     is_huge(after) ? (highest - reference[m][half]) * c : after - before;
                 const bool moves = rise > HEADROOM;
-                growth[m][half] = moves ? ex2_approx(-rise) : 1.f;
+                growth[m][half] = moves ? exp2_of(-rise) : Real(1);
                 offset[m][half] = moves ? after : before;
                 reference[m][half] = moves ? highest : reference[m][half];
                 sum[m][half] *= growth[m][half];
@@ -66,7 +66,7 @@ template <int M16> struct OnlineSoftmax {
             for (int n = 0; n < N8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const float probability = ex2_approx(fmaf(s.x[m][n][e], c, -offset[m][e / 2]));
+                    const Real probability = exp2_of(fma_of(s.x[m][n][e], c, -offset[m][e / 2]));
                     s.x[m][n][e] = probability;
                     sum[m][e / 2] += probability;
                 }
@@ -75,43 +75,44 @@ template <int M16> struct OnlineSoftmax {
     // Completes the sums. inverse: factor of the output rows (0 for a row that saw no key); lse:
     // natural log. HAS_SINK: one more logit, sink_log2, takes part in the sums, and has no value.
     template <bool HAS_SINK>
-    DEV_METHOD void finish(float (&inverse)[M16][2], float (&lse)[M16][2], float sink_log2) {
+    DEV_METHOD void finish(Real (&inverse)[M16][2], Real (&lse)[M16][2], Real sink_log2) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float total = sum[m][half], share = 1.f;
-                total += __shfl_xor_sync(FULL_WARP, total, 1);
-                total += __shfl_xor_sync(FULL_WARP, total, 2);
-                float offset = in_log2(reference[m][half]);
+                Real total = sum[m][half], share = 1;
+                total += shfl_xor(total, 1);
+                total += shfl_xor(total, 2);
+                Real offset = in_log2(reference[m][half]);
                 if constexpr (HAS_SINK) {
                     // Relative to the larger one: a row without keys has LOWEST, of which nothing
                     // is left.
-                    const float highest = fmaxf(offset, sink_log2);
-                    share = ex2_approx(offset - highest);
-                    total = total * share + ex2_approx(sink_log2 - highest);
+                    const Real highest = max_of(offset, sink_log2);
+                    share = exp2_of(offset - highest);
+                    total = total * share + exp2_of(sink_log2 - highest);
                     offset = highest;
                 }
                 // The comparison is false for NaN, which thus reaches the output and lse.
-                inverse[m][half] = total == 0.f ? 0.f : share / total;
-                const float log2_sum = offset + lg2_approx(total);
-                lse[m][half] = total == 0.f ? neg_infinity() : log2_sum * LN_2;
+                inverse[m][half] = total == 0 ? Real(0) : share / total;
+                const Real log2_sum = offset + log2_of(total);
+                lse[m][half] = total == 0 ? Real(neg_infinity()) : log2_sum * LN_2_OF<Real>;
             }
     }
 
   private:
-    DEV bool is_huge(float offset) { return fabsf(offset) > HUGE_LOGIT && offset != LOWEST; }
+    DEV bool is_huge(Real offset) { return abs_of(offset) > HUGE_LOGIT && offset != LOWEST; }
 
-    template <int N8> DEV float row_maximum(const float (&x)[N8][4], int half) {
-        float highest = neg_infinity();
+    template <int N8> DEV Real row_maximum(const Real (&x)[N8][4], int half) {
+        Real highest = neg_infinity();
 #pragma unroll
         for (int n = 0; n < N8; ++n)
-            highest = fmaxf(highest, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
-        highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));  // the 4 lanes of a row
-        return fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
+            highest = max_of(highest, max_of(x[n][2 * half], x[n][2 * half + 1]));
+        highest = max_of(highest, shfl_xor(highest, 1));  // the 4 lanes of a row
+        return max_of(highest, shfl_xor(highest, 2));
     }
 
-    template <int O8> DEV void rescale(Accumulator<M16, O8>& o, const float (&growth)[M16][2]) {
+    template <int O8>
+    DEV void rescale(Accumulator<M16, O8, Real>& o, const Real (&growth)[M16][2]) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -121,14 +122,14 @@ template <int M16> struct OnlineSoftmax {
     }
 
     template <int N8>
-    DEV_METHOD void subtract_first(Accumulator<M16, N8>& s, float (&offset)[M16][2]) const {
+    DEV_METHOD void subtract_first(Accumulator<M16, N8, Real>& s, Real (&offset)[M16][2]) const {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const bool here = is_huge(offset[m][half]);
-                const float first = here ? reference[m][half] : 0.f;
-                offset[m][half] = here ? 0.f : offset[m][half];
+                const Real first = here ? reference[m][half] : Real(0);
+                offset[m][half] = here ? Real(0) : offset[m][half];
 #pragma unroll
                 for (int n = 0; n < N8; ++n)
                     s.x[m][n][2 * half] -= first, s.x[m][n][2 * half + 1] -= first;

@@ -66,7 +66,7 @@ class Usage(NamedTuple):
 def kernels(arch: str) -> list[Specialization]:
     """Every kernel the package can launch on an architecture."""
     found = dict.fromkeys(_plan.all_specializations(arch))
-    elements = sorted({spec.element for spec in found})
+    elements = sorted({spec.element for spec in found} & {"f16", "bf16"})
     merges = (_launch_merge.specialization(arch, element) for element in elements)
     return [*found, *merges, *_side_kernels.all_side_kernels(arch)]
 
@@ -106,10 +106,11 @@ def in_tests(spec: Specialization) -> bool:
 
 
 def is_optional(spec: Specialization) -> bool:
-    """Whether a kernel is one for masks, biases, sinks, dropout or packed sequences."""
+    """Whether a kernel is one for masks, biases, sinks, dropout, packed sequences, or wide elements."""
     types = dict(spec.types)
     return (
-        types.get("Mask", "mask::Band") != "mask::Band"
+        spec.element not in ("", "f16", "bf16")
+        or types.get("Mask", "mask::Band") != "mask::Band"
         or types.get("Score", "").startswith("score::General")
         or any(dict(spec.constants).get(name) for name in ("SINKS", "DROPOUT", "PACKED"))
     )

@@ -50,12 +50,12 @@ def test_backward_explains_the_plan_that_runs(device_backend: Machine, layout: s
 
 
 def test_refusals_are_explained_not_raised(device_backend: Machine) -> None:
-    q = device_backend.put(np.zeros((1, 5, 300), np.float32))
+    q = device_backend.put(np.zeros((1, 5, 300), np.float16))
     told = cuflash.explain(q, q, q)
     assert told.plan is None
-    assert told.refusals["forward"][0] == "float32 is not one of float16, bfloat16"
+    assert told.refusals["forward"][0] == "head_dim 300 > 256"
     assert "head_dim 300 > 256" in str(told)
-    assert str(told).splitlines()[-1].startswith("  Nearest supported: float16 or bfloat16")
+    assert str(told).splitlines()[-1].startswith("  Nearest supported: head dims up to 256")
 
 
 def test_nothing_to_launch(device_backend: Machine) -> None:

@@ -108,8 +108,8 @@ def test_workspace_is_linear_in_the_length() -> None:
 @pytest.mark.parametrize(
     ("changes", "arch", "reason"),
     [
-        ({"dtype": "float32"}, "sm_80", "float32 is not one of float16, bfloat16"),
-        ({"dtype": "float64"}, "sm_90a", "float64 is not one of"),
+        ({"dtype": "float64", "head_dim": 256}, "sm_75", "of float64 exceeds shared memory"),
+        ({"dtype": "float64", "expression": "s"}, "sm_90a", "score_mod of float64"),
         ({"dtype": "bfloat16"}, "sm_75", "bfloat16 needs sm_80"),
         ({"head_dim": 320}, "sm_90a", "head_dim 320 > 256"),
         ({"head_dim_v": 257}, "sm_80", "head_dim_v 257 > 256"),

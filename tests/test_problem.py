@@ -127,7 +127,7 @@ def test_arrangements_are_undone(rank: int, layout: str) -> None:
 def test_a_prepared_call_depends_on_everything_that_matters() -> None:
     """N1: whatever changes the meaning of a call, or the kernel it takes, changes the key it is kept under."""
     q = np.zeros((2, 6, 8), np.float16)
-    base = [q, q, q, *[None] * 6], [False, None, None, None, None, "HLD", 0.0, False]
+    base = [q, q, q, *[None] * 6], [False, None, None, None, None, "HLD", 0.0, None, False]
 
     def key(device: bool = False, **changes: Any) -> Any:
         arrays, values = list(base[0]), list(base[1])
@@ -173,6 +173,7 @@ def test_a_prepared_call_depends_on_everything_that_matters() -> None:
         key(layout="LHD"),
         key(return_lse=1),
         key(dropout_p=0.5),
+        key(precision="tf32"),
         key(bias=np.zeros((6, 6), np.float16)),
         key(bias=np.zeros((6, 6), np.float32)),
         key(mask=np.zeros((6, 6), bool)),

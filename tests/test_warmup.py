@@ -91,8 +91,8 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_shapes_are_refused_as_by_attention() -> None:
     with pytest.raises(ValueError, match="3 heads"):
         cuflash.warmup([(Q, (2, 3, 300, 64), (2, 3, 300, 64))], arch="sm_80")
-    with pytest.raises(cuflash.UnsupportedError, match="float32"):
-        cuflash.warmup([(Q, KV, KV)], dtype="float32", arch="sm_80")
+    with pytest.raises(cuflash.UnsupportedError, match="bfloat16"):
+        cuflash.warmup([(Q, KV, KV)], dtype="bfloat16", arch="sm_75")
 
 
 def test_show_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
