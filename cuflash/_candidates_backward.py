@@ -87,7 +87,8 @@ class Backward:
         if kernel in ROW_KERNELS:
             score = "linear" if variant.score == "linear" else "shaped"
             variant = Variant(score, packed=variant.packed)
-        found = tile_of(row, arch, element, dims)
+        roomy = variant.score == "general" or (variant.score == "shaped" and not variant.plain)
+        found = tile_of(row, arch, element, dims, options=roomy)
         assert found is not None, "refused"
         tile, shared = found
         if kernel != "backward_dkdv":
@@ -176,12 +177,15 @@ class Backward:
 
 
 def tile_of(
-    kernel: str, arch: str, element: str, dims: tuple[int, int]
+    kernel: str, arch: str, element: str, dims: tuple[int, int], *, options: bool = False
 ) -> tuple[_tuning.Tile, int] | None:
-    """Tile and shared memory of a kernel; None where shared memory is too small for any."""
+    """Tile and shared memory of a kernel; None where shared memory is too small for any.
+
+    `options`: of a general score, or of soft cap or ALiBi with an option.
+    """
     item = ITEM_BYTES[element]
     if item == 2:
-        tile = _tuning.backward_tile(kernel, arch, *dims)
+        tile = _tuning.backward_tile(kernel, arch, *dims, options=options)
         return tile, _tuning.backward_shared_bytes(kernel, tile, *dims)
     wide = _tuning_wide.backward_tile(item, kernel, arch, *dims)
     if wide is None:

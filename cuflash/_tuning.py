@@ -138,7 +138,7 @@ BACKWARD_DKDV: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(64, 128, 4),
     ("sm_75", (64, 64)): Tile(64, 128, 8),
     ("sm_75", (96, 96)): Tile(32, 64, 4),
-    ("sm_75", (128, 128)): Tile(32, 64, 4),
+    ("sm_75", (128, 128)): Tile(16, 64, 4),
     ("sm_75", (192, 128)): Tile(32, 64, 4),
     ("sm_75", (192, 192)): Tile(16, 64, 4),
     ("sm_75", (256, 256)): Tile(16, 32, 2),
@@ -174,6 +174,15 @@ BACKWARD_DKDV_ACCUMULATE: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_86", (128, 128)): Tile(32, 128, 8),
     ("sm_86", (256, 256)): Tile(16, 64, 4),
 }
+# Variants of a general score, and of any other than the linear one with an option: more warps or smaller tiles, so that
+# each thread has registers for masks, biases and places. 2026-11-21, chosen.
+BACKWARD_DKDV_OPTIONS: dict[tuple[str, tuple[int, int]], Tile] = {
+    **BACKWARD_DKDV,
+    ("sm_75", (128, 128)): Tile(16, 64, 4),
+    ("sm_80", (64, 64)): Tile(64, 128, 8, stages=2),
+    ("sm_86", (64, 64)): Tile(32, 128, 8, stages=2),
+    ("sm_90", (64, 64)): Tile(64, 128, 8, stages=2),
+}
 BACKWARD_DQ: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_75", (32, 32)): Tile(128, 64, 4),
     ("sm_75", (64, 64)): Tile(128, 64, 8),
@@ -204,6 +213,17 @@ BACKWARD_DQ: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_90", (192, 192)): Tile(128, 32, 8, stages=2),
     ("sm_90", (256, 256)): Tile(128, 32, 8, stages=2),
 }
+# Gradients of what stands between scores and softmax: rows by 16 per warp; key: do both head dims add up to 256 at most?
+BACKWARD_PAIRS: dict[tuple[str, bool], Tile] = {
+    ("sm_75", True): Tile(64, 16, 4),
+    ("sm_75", False): Tile(32, 32, 2),
+    ("sm_80", True): Tile(64, 64, 4),
+    ("sm_80", False): Tile(64, 32, 4),
+    ("sm_86", True): Tile(64, 64, 4),
+    ("sm_86", False): Tile(32, 32, 2),
+    ("sm_90", True): Tile(64, 64, 4),
+    ("sm_90", False): Tile(64, 32, 4),
+}
 # Kernels that only pass over rows; one for all architectures and head dims.
 BACKWARD_ROWS: dict[str, Tile] = {
     "backward_prepare": Tile(32, 32, 4),
@@ -218,12 +238,16 @@ def accumulates(arch: str, head_dim: int, head_dim_v: int, linear: bool) -> bool
     return family(arch) != "sm_75" or linear or head_dim + head_dim_v < 256
 
 
-def backward_tile(kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Tile:
-    """The tile of one of the backward kernels."""
+def backward_tile(
+    kernel: str, arch: str, head_dim: int, head_dim_v: int, *, options: bool = False
+) -> Tile:
+    """The tile of one of the backward kernels; `options`: of a general score, or of soft cap or ALiBi with an option."""
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
     if kernel in ("backward_bias", "backward_score"):
-        return Tile(64, 64, 4) if head_dim + head_dim_v <= 256 else Tile(32, 32, 2)
+        return BACKWARD_PAIRS[family(arch), head_dim + head_dim_v <= 256]
+    if kernel == "backward_dkdv" and options:
+        return BACKWARD_DKDV_OPTIONS[family(arch), (head_dim, head_dim_v)]
     table = {
         "backward_dkdv": BACKWARD_DKDV,
         "backward_dkdv_accumulate": BACKWARD_DKDV_ACCUMULATE,

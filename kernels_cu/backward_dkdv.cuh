@@ -166,10 +166,16 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
             int tile = mask.next_tile(tiles.begin, tiles.end);
 #pragma unroll 1
             while (tile < tiles.end) {
-                const int after = mask.next_tile(tile + 1, tiles.end);
-                const bool wraps = after == tiles.end;
-                const Place next = wraps ? first_visible(head + 1, tiles) : Place{head, after};
-                const bool last = wraps && next.head == p.shape.group;
+                int after;
+                Place next;
+                bool last;
+                const auto look_ahead = [&] {
+                    after = mask.next_tile(tile + 1, tiles.end);
+                    const bool wraps = after == tiles.end;
+                    next = wraps ? first_visible(head + 1, tiles) : Place{head, after};
+                    last = wraps && next.head == p.shape.group;
+                };
+                if (C::STAGES == 2) look_ahead();
                 cp_async_wait<0>();
                 // After this barrier the tile is complete, and every warp is through with the tile
                 // before: its buffer is free.
@@ -178,6 +184,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                 repaired |= step(score, {head, tile}, stage);
                 if (C::STAGES == 1) {
                     __syncthreads();
+                    look_ahead();
                     if (!last) load_rows(next, 0);
                 } else {
                     stage ^= 1;

@@ -20,6 +20,10 @@
 
 namespace backward {
 
+template <class Score> constexpr bool IS_GENERAL = false;
+template <class Element, bool HAS_BIAS, class Modifier>
+constexpr bool IS_GENERAL<score::General<Element, HAS_BIAS, Modifier>> = true;
+
 // How many score columns to hold at a time, so that two score accumulators and the gradients fit
 // the 255 registers of a thread with what addresses and operands need. Turing also stages copies
 // there.
@@ -31,7 +35,11 @@ template <class C, int M16, int GRADIENT_COLUMNS, int BLOCK> DEV constexpr int c
         return BLOCK >= 32 && registers <= 64 && !options ? 32 : 16;
     }
     const int available = (HAS_ASYNC_COPY ? 191 : 127) - M16 * GRADIENT_COLUMNS / 2;
-    const int columns = available >= 64 * M16 ? 64 : available >= 32 * M16 ? 32 : 16;
+    int columns = available >= 64 * M16 ? 64 : available >= 32 * M16 ? 32 : 16;
+    // What masks, dropout and sequences need to find their places, and general scores the addresses of
+    // biases and parameters.
+    if (!C::Mask::CONTIGUOUS || C::DROPOUT || C::PACKED) columns = columns < 32 ? columns : 32;
+    if (IS_GENERAL<typename C::Score>) columns = columns < 64 || M16 > 1 ? 16 : 32;
     return columns < BLOCK ? columns : BLOCK;
 }
 
