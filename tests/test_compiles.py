@@ -37,6 +37,8 @@ def test_both_compilers_and_elements_see_every_kernel() -> None:
         for spec in chosen:
             if spec.kernel in ("merge", "backward_slopes"):  # one variant per element
                 continue
+            if spec.element.startswith(("f32", "f64")):  # a share of them is compiled
+                continue
             elements.setdefault(spec.kernel, set()).add(spec.element)
             key = spec.kernel, spec.head_dim
             generations.setdefault(key, set()).add(matrix.generation_of(spec))
