@@ -92,8 +92,13 @@ class _Rows:
         q = stack_rows(arrays.q.get(place, q0, q1), call.dtype) * call.scale
         dout = stack_rows(arrays.dout.get(place, q0, q1), call.dtype)
         product = scratch.take("part", dout.shape)
-        np.multiply(dout, stack_rows(arrays.out.get(place, q0, q1), call.dtype), out=product)
+        out = stack_rows(arrays.out.get(place, q0, q1), call.dtype)
+        np.multiply(dout, out, out=product)
         delta = product.sum(axis=-1, keepdims=True)
+        if not np.isfinite(delta).all():
+            # A row without keys has out = 0; NaN in its dout is nobody's, a sink's neither.
+            product[out == 0] = 0
+            delta = product.sum(axis=-1, keepdims=True)
         if arrays.dlse is not None:
             delta -= arrays.dlse.get(place, q0, q1).reshape(delta.shape)
         lse = arrays.lse.get(place, q0, q1).reshape(delta.shape)

@@ -213,7 +213,7 @@ BACKWARD_DQ: dict[tuple[str, tuple[int, int]], Tile] = {
     ("sm_90", (192, 192)): Tile(128, 32, 8, stages=2),
     ("sm_90", (256, 256)): Tile(128, 32, 8, stages=2),
 }
-# Gradients of what stands between scores and softmax: rows by 16 per warp; key: do both head dims add up to 256 at most?
+# Gradients of what stands between scores and softmax: 16 rows per warp; are both head dims together at most 256?
 BACKWARD_PAIRS: dict[tuple[str, bool], Tile] = {
     ("sm_75", True): Tile(64, 16, 4),
     ("sm_75", False): Tile(32, 32, 2),
@@ -241,7 +241,10 @@ def accumulates(arch: str, head_dim: int, head_dim_v: int, linear: bool) -> bool
 def backward_tile(
     kernel: str, arch: str, head_dim: int, head_dim_v: int, *, options: bool = False
 ) -> Tile:
-    """The tile of one of the backward kernels; `options`: of a general score, or of soft cap or ALiBi with an option."""
+    """The tile of one of the backward kernels.
+
+    `options`: of a general score, or of soft cap or ALiBi with an option.
+    """
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
     if kernel in ("backward_bias", "backward_score"):

@@ -8,31 +8,33 @@
 
 namespace backward {
 
-// Sum of x[c] * y[c] over columns [first, first + 8) of one row.
-template <class C, class Storage> DEV typename C::Element::Real dot_8(const Storage* x,
-                                                                      const Storage* y, int first,
-                                                                      int columns, bool vector) {
+// Sum of out[c] * dout[c] over columns [first, first + 8) of one row. Where out is 0 dout does not
+// matter: a row without keys keeps a NaN in its dout from the gradient of a sink.
+template <class C, class Storage>
+DEV typename C::Element::Real dot_8(const Storage* out, const Storage* dout, int first, int columns,
+                                    bool vector) {
     using Element = typename C::Element;
     typename Element::Real sum = 0;
     if constexpr (sizeof(Storage) > 2) {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            if (first + i < columns) sum = fma_of(x[first + i], y[first + i], sum);
+            if (first + i < columns && out[first + i] != 0)
+                sum = fma_of(out[first + i], dout[first + i], sum);
     } else if (C::VECTOR_ONLY || vector) {
         if (first >= columns) return 0.f;  // columns is a multiple of 8 here
-        const uint4 a = ld_global_v4(x + first), b = ld_global_v4(y + first);
+        const uint4 a = ld_global_v4(out + first), b = ld_global_v4(dout + first);
         const u32 pairs_a[4] = {a.x, a.y, a.z, a.w}, pairs_b[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const float2 fa = unpack<Element>(pairs_a[i]), fb = unpack<Element>(pairs_b[i]);
-            sum += fa.x * fb.x;
-            sum += fa.y * fb.y;
+            sum += fa.x == 0.f ? 0.f : fa.x * fb.x;
+            sum += fa.y == 0.f ? 0.f : fa.y * fb.y;
         }
     } else {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            if (first + i < columns)
-                sum += Element::to_real(x[first + i]) * Element::to_real(y[first + i]);
+            if (first + i < columns && Element::to_real(out[first + i]) != 0)
+                sum += Element::to_real(out[first + i]) * Element::to_real(dout[first + i]);
     }
     return sum;
 }

@@ -196,3 +196,17 @@ def test_a_wide_softcap_and_zero_slopes_change_nothing(backend: Machine) -> None
         out2, grads2 = backend.vjp(q, k, v, dout, causal=True, deterministic=True, **options)
         assert close(out, out2)
         assert all(close(a, b) for a, b in zip(grads[:3], grads2[:3], strict=True))
+
+
+def test_L5_what_a_row_without_keys_gets_back_is_nobodys(backend: Machine) -> None:
+    """NaN in dout of a row that sees no key reaches no gradient, that of a sink neither."""
+    rng = np.random.default_rng(5)
+    q, k, v, dout = (normal(rng, 2, 40, 32, dtype=backend.exact) for _ in "qkvd")
+    sinks = rng.standard_normal(2).astype(np.float32)
+    options = {"causal": True, "q_offset": -7, "sinks": sinks, "wrt": ("q", "k", "v", "sinks")}
+    _, want = backend.vjp(q, k, v, dout, **options)
+    dout[:, :7] = np.nan
+    _, got = backend.vjp(q, k, v, dout, **options, deterministic=True)
+    assert np.isfinite(got.sinks).all() and np.array_equal(got.sinks, want.sinks)
+    for a, b in ((got.q, want.q), (got.k, want.k), (got.v, want.v)):
+        assert np.allclose(a.astype("f8"), b.astype("f8"), atol=2e-3)
