@@ -439,10 +439,7 @@ template <class C, bool WANT_DK> DEV void one_gradient(const BackwardParams& p, 
 
 template <class C> DEV void key_tile(const BackwardParams& p, u32 smem) {
     // Columns of both accumulators that leave registers to work with.
-    using Element = typename C::Element;
-    constexpr int COLUMNS = sizeof(typename Element::Real) == 8      ? 128
-                            : sizeof(typename Element::Storage) == 4 ? 192
-                                                                     : 384;
+    constexpr int COLUMNS = sizeof(typename C::Element::Storage) > 2 ? 128 : 384;
     if constexpr (C::HEAD_DIM + C::HEAD_DIM_V <= COLUMNS) {
         KeyBlock<C, true, true> block(p, smem, 0);
         block.walk();
