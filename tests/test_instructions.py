@@ -25,7 +25,7 @@ from tests.instructions.launch import OPTIONS, EmulatorRunner, GpuRunner, archit
 
 # Moves of a register to itself and of special registers: what they compute needs no table of the
 # manual.
-TRIVIAL = {"mov.u32", "mov.b32"}
+TRIVIAL = {"mov.u32", "mov.f64", "mov.b32"}
 GROUPS = sorted({form.group for form in FORMS})
 _EMULATOR = pytest.param(EmulatorRunner, id="emulator")
 _GPU = pytest.param(GpuRunner, id="gpu", marks=pytest.mark.gpu)

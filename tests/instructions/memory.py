@@ -17,6 +17,7 @@ def _round_trip(kind: str, width: int, load: str = "") -> Form:
         "u32": ("u32", "r", np.uint32),
         "f32": ("float", "f", np.uint32),
         "u64": ("u64", "l", np.uint64),
+        "f64": ("double", "d", np.uint64),
     }[kind]
     vector = f".v{width}" if width > 1 else ""
     suffix = f"{vector}.{kind}"
@@ -56,6 +57,7 @@ FORMS = [
     *(_round_trip("u32", n) for n in (1, 2, 4)),
     *(_round_trip("f32", n) for n in (1, 2, 4)),
     *(_round_trip("u64", n) for n in (1, 2)),
+    *(_round_trip("f64", n) for n in (1, 2)),
     _round_trip("u32", 4, ".nc"),
     _round_trip("u16", 1, ".nc"),
 ]
