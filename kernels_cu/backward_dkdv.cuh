@@ -387,19 +387,11 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
     template <int N8> DEV_METHOD void hide(Accumulator<M16, N8, Real>& s,
                                            Accumulator<M16, N8, Real>& ds, int first_row) {
-        const int lane = fresh_thread_id() % 32, i_0 = first_row + lane % 4 * 2,
-                  j_0 = first_key + warp_key() + lane / 4;
-#pragma unroll
-        for (int m = 0; m < M16; ++m)
-#pragma unroll
-            for (int n = 0; n < N8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int i = i_0 + 8 * n + e % 2;
-                    if (mask.keep(i, j_0 + 16 * m + e / 2 * 8) && i < p.shape.len_q) continue;
-                    s.x[m][n][e] = 0;
-                    if (WANT_DK) ds.x[m][n][e] = 0;
-                }
+        each_hidden<M16, N8, true>(mask, p.shape.len_q, first_row, first_key + warp_key(),
+                                   [&](int m, int n, int e) {
+                                       s.x[m][n][e] = 0;
+                                       if (WANT_DK) ds.x[m][n][e] = 0;
+                                   });
     }
 
     DEV_METHOD void finish() {

@@ -223,17 +223,8 @@ template <class C> struct QueryBlock {
     // Sets both of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
     template <int N8> DEV_METHOD void hide(Accumulator<M16, N8, Real>& s,
                                            Accumulator<M16, N8, Real>& ds, int first_key) {
-        const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,
-                  j_0 = first_key + lane % 4 * 2;
-#pragma unroll
-        for (int m = 0; m < M16; ++m)
-#pragma unroll
-            for (int n = 0; n < N8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    if (!mask.keep(i_0 + 16 * m + e / 2 * 8, j_0 + 8 * n + e % 2) ||
-                        i_0 + 16 * m + e / 2 * 8 >= p.shape.len_q)
-                        s.x[m][n][e] = ds.x[m][n][e] = 0;
+        each_hidden<M16, N8, false>(mask, p.shape.len_q, first_row + warp_row(), first_key,
+                                    [&](int m, int n, int e) { s.x[m][n][e] = ds.x[m][n][e] = 0; });
     }
 
     // From gradients of the logit to dS; the sum for the slope is taken in between, ALiBi being

@@ -248,7 +248,9 @@ template <class C, class Consumer> struct PairBlock {
         if (mask.cuts(rows_of(place), keys_of(place), place.tile_k) ||
             mask.isolates(rows_of(place), keys_of(place), place.tile_k) ||
             rows_of(place).end > p.shape.len_q)
-            hide(mask, p.shape.len_q, first_row, first_key, ds);
+            // Nothing is multiplied: what is hidden may be NaN.
+            each_hidden<1, N8, false>(mask, p.shape.len_q, first_row, first_key,
+                                      [&](int m, int n, int e) { ds.x[m][n][e] = 0; });
         consumer.add(p, work, first_row, first_key, s, ds);
     }
 
@@ -269,20 +271,6 @@ template <class C, class Consumer> struct PairBlock {
                     score.at(s.x[0][n][e], i_0 + e / 2 * 8, j_0 + 8 * n + e % 2);
                 ds.x[0][n][e] = probability(logit.log2, lse_log2[e / 2]) *
                                 (keep.weighted(ds.x[0][n][e], 0, n, e) - delta[e / 2]);
-            }
-    }
-
-    // Nothing is multiplied: what is hidden may be NaN.
-    DEV_METHOD static void hide(const Mask& mask, int len_q, int first_row, int first_key,
-                                Accumulator<1, N8, Real>& ds) {
-        const int lane = fresh_thread_id() % 32, i_0 = first_row + lane / 4,
-                  j_0 = first_key + lane % 4 * 2;
-#pragma unroll
-        for (int n = 0; n < N8; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const int i = i_0 + e / 2 * 8;
-                if (!mask.keep(i, j_0 + 8 * n + e % 2) || i >= len_q) ds.x[0][n][e] = 0;
             }
     }
 };

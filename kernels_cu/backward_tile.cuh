@@ -11,6 +11,7 @@
 // query (lse, delta) lie along columns in dkdv and are read from shared memory.
 #pragma once
 
+#include "backward_hide.cuh"
 #include "backward_work.cuh"
 #include "dropout_transposed.cuh"
 #include "finite.cuh"
