@@ -77,7 +77,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     Mask mask;  // of the query head at hand
     int first_key;
     bool repair_k;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
-    i64 q_at, dout_at, rows_at;  // offsets of the group's first head in Q, dO and the statistics
+    Range repaired_tiles = {0, 0};  // none, or all: add_back looks which
+    i64 q_at, dout_at, rows_at;     // offsets of the group's first head in Q, dO and the statistics
     Accumulator<M16, WANT_DK ? PART_K / 8 : 1, Real> dk;
     Accumulator<M16, WANT_DV ? PART_V / 8 : 1, Real> dv;
 
@@ -192,7 +193,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                 tile = after;
             }
         }
-        if (repaired) add_back(tiles);
+        if (repaired) repaired_tiles = tiles;
         if constexpr (ACCUMULATE_DQ) {
             if (repair_k) add_back_dq(tiles);
             __syncthreads();  // every warp has read all of K, over which gradients are staged next
@@ -332,19 +333,16 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         return p.dq_accum + (rows_at + (i64)head * p.shape.len_q + row) * C::HEAD_DIM;
     }
 
-    // What repairs took out of dV and dK: a NaN or inf in a row spreads to exactly the keys that
-    // the row sees. Walks the tiles that are repaired (the others met their NaN and inf in the
-    // products); after the main loop, where registers are free.
-    DEV_METHOD void add_back(Range tiles) {
-        const auto sees = [&](int j, int i) { return mask.keep(i, j); };
-        repairs(tiles, [&](Place place) {
-            const Range rows = rows_of_tile(place.tile);
-            if constexpr (WANT_DV)
-                add_non_finite<Element>(dv, from_column(dout_gmem(place.head), first_column), rows,
-                                        first_key + warp_key(), sees);
-            if constexpr (WANT_DK)
-                add_non_finite<Element>(dk, from_column(q_gmem(place.head), first_column), rows,
-                                        first_key + warp_key(), sees);
+    // What repairs took out of dV or dK: a NaN or inf in a row spreads to exactly the keys that the
+    // row sees. Walks the tiles that are repaired (the others met their NaN and inf in the products).
+    // rows_gmem(head): dO or Q; smem: where the gradient is staged.
+    template <class Tile, class Rows>
+    DEV_METHOD void add_back(u32 smem, Real factor, Rows rows_gmem) {
+        repairs(repaired_tiles, [&](Place place) {
+            add_non_finite<Element, Tile, 16 * M16>(
+                smem, warp_key(), from_column(rows_gmem(place.head), first_column),
+                rows_of_tile(place.tile), factor,
+                [&](int r, int i) { return mask.keep(i, first_key + r); });
         });
     }
 
@@ -398,20 +396,28 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         const Work work = key_work();
         const Shape& shape = p.shape;
         if constexpr (WANT_DV)
-            if (p.dv != nullptr)
+            if (p.dv != nullptr) {
+                const Real factor = C::DROPOUT ? dropout::factor_of<Real>(p) : Real(1);
                 store_gradient<C, PartV>(
                     from_column(head_rows<Storage>(p.dv, p.dv_strides, work, work.head, shape.len_k,
                                                    shape.head_dim_v, shape.flags & FLAG_DV_VECTOR),
                                 first_column),
-                    layout.v, warp_key(), first_key, dv,
-                    C::DROPOUT ? dropout::factor_of<Real>(p) : Real(1));
+                    layout.v, warp_key(), first_key, dv, factor, [&] {
+                        add_back<PartV>(layout.v, factor,
+                                        [&](int head) { return dout_gmem(head); });
+                    });
+            }
         if constexpr (WANT_DK)
-            if (p.dk != nullptr)
+            if (p.dk != nullptr) {
+                const Real factor = scale_of<Real>(shape);
                 store_gradient<C, PartK>(
                     from_column(head_rows<Storage>(p.dk, p.dk_strides, work, work.head, shape.len_k,
                                                    shape.head_dim, shape.flags & FLAG_DK_VECTOR),
                                 first_column),
-                    layout.k, warp_key(), first_key, dk, scale_of<Real>(shape));
+                    layout.k, warp_key(), first_key, dk, factor, [&] {
+                        add_back<PartK>(layout.k, factor, [&](int head) { return q_gmem(head); });
+                    });
+            }
     }
 };
 

@@ -53,6 +53,7 @@ template <class C> struct QueryBlock {
     const Score score;
     const int first_column;
     int first_row;
+    Range repaired_tiles = {0, 0};  // none, or all: add_back looks which
     Accumulator<M16, PART / 8, Real> dq;
     Real lse_log2[M16][2], delta[M16][2];
     Real slope_sum = 0;
@@ -138,7 +139,7 @@ template <class C> struct QueryBlock {
             }
             tile = next;
         }
-        if (repaired) add_back(first, end);
+        if (repaired) repaired_tiles = {first, end};
     }
 
     DEV_METHOD void load_rows(const Work& work) {
@@ -187,15 +188,16 @@ template <class C> struct QueryBlock {
     }
 
     // What repairs took out of dQ: a NaN or inf in a key spreads to exactly the rows that see it.
-    // Walks the tiles that are repaired (the others met their NaN and inf in the products); after
-    // the main loop, where registers are free.
-    DEV_METHOD void add_back(int first, int end) {
-        const auto sees = [&](int i, int j) { return mask.keep(i, j); };
+    // Walks the tiles that are repaired (the others met their NaN and inf in the products).
+    DEV_METHOD void add_back() {
 #pragma unroll 1
-        for (int tile = first; tile < end; tile = mask.next_tile(tile + 1, end))
+        for (int tile = repaired_tiles.begin; tile < repaired_tiles.end;
+             tile = mask.next_tile(tile + 1, repaired_tiles.end))
             if (isolates(tile))
-                add_non_finite<Element>(dq, from_column(k_gmem(), first_column), keys_of_tile(tile),
-                                        first_row + warp_row(), sees);
+                add_non_finite<Element, PartQ, 16 * M16>(
+                    layout.q, warp_row(), from_column(k_gmem(), first_column), keys_of_tile(tile),
+                    scale_of<Real>(p.shape),
+                    [&](int r, int j) { return mask.keep(first_row + r, j); });
     }
 
     // ds: in dP, out the gradient of the logit. s: in raw products, out d(logit) / d(scale * q.k).
@@ -256,7 +258,7 @@ template <class C> struct QueryBlock {
                 from_column(head_rows<Storage>(p.dq, p.dq_strides, work, work.head, shape.len_q,
                                                shape.head_dim, shape.flags & FLAG_DQ_VECTOR),
                             first_column),
-                layout.q, warp_row(), first_row, dq, scale_of<Real>(shape));
+                layout.q, warp_row(), first_row, dq, scale_of<Real>(shape), [&] { add_back(); });
         if constexpr (!Score::FOLDED)
             if (p.slope_partial != nullptr) {
                 const Real sum = block_sum<C::WARPS>(slope_sum, layout.stages);

@@ -110,16 +110,18 @@ template <class Real> DEV Real probability(Real logit_log2, Real lse_log2) {
 }
 
 // A gradient to its rows in global memory, times `factor`: through the warp's own rows of a tile
-// that it has no more use for.
-template <class C, class Tile, int M16, class Real>
+// that it has no more use for. repair() may change them there.
+template <class C, class Tile, int M16, class Real, class Repair>
 DEV void store_gradient(const GlobalRows<typename Tile::Storage>& gmem, u32 smem, int row,
                         int first_row, const Accumulator<M16, Tile::COLUMNS / 8, Real>& acc,
-                        Real factor) {
+                        Real factor, Repair repair) {
     Real factors[M16][2];
 #pragma unroll
     for (int m = 0; m < M16; ++m) factors[m][0] = factors[m][1] = factor;
     __syncwarp();  // every lane has read its operands, which the gradient now overwrites
     accumulator_to_shared<typename C::Element, Tile>(smem, row, acc, factors);
+    __syncwarp();
+    repair();
     __syncwarp();
     store_rows<Tile, 16 * M16, C::VECTOR_ONLY>(gmem, smem, row, first_row);
 }

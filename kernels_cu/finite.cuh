@@ -26,69 +26,33 @@ DEV bool remove_non_finite(u32 smem, int first_row = 0) {
     return __syncthreads_or(found);
 }
 
-// Adds what remove_non_finite took out to the pairs that see it: acc[row, column] += source[key,
-// column] for every visible (row, key) and every infinite or NaN source element. No probability is
-// needed: NaN stays NaN and infinity times anything positive infinity.
-//   source      the tile's rows in global memory, `keys` among them
-//   first_row   of this warp's accumulator
-//   keep        (row, key) -> bool
-template <class Element, int M16, int N8, class Keep>
-DEV void add_non_finite(Accumulator<M16, N8, typename Element::Real>& acc,
-                        const GlobalRows<typename Element::Storage>& source, Range keys,
-                        int first_row, Keep keep) {
-    using Real = typename Element::Real;
-    constexpr int TOGETHER =
-        4;  // column blocks per walk: all at once would need a register per load in flight
-    const int lane = fresh_thread_id() % 32;
-#pragma unroll
-    for (int first = 0; first < N8; first += TOGETHER)
-#pragma unroll 1
-        for (int key = keys.begin; key < min(keys.end, source.rows); ++key) {
-            const auto* row = source.base + key * source.stride;
-            bool sees[M16][2];
-#pragma unroll
-            for (int m = 0; m < M16; ++m)
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    sees[m][half] = keep(first_row + m * 16 + half * 8 + lane / 4, key);
-#pragma unroll
-            for (int n = first; n < min(N8, first + TOGETHER); ++n)
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int column = output_column<Element>(n, e, lane);
-                    const auto x = column < source.columns ? ld_global(row + column)
-                                                           : typename Element::Storage(0);
-                    const Real removed =
-                        Element::is_finite_value(x) ? Real(0) : Element::to_real(x);
-#pragma unroll
-                    for (int m = 0; m < M16; ++m)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            acc.x[m][n][2 * half + e] += sees[m][half] ? removed : Real(0);
-                }
-        }
-}
-
-// The same on a finished tile of output in shared memory, rows [row, row + ROWS) of it by
-// one warp: compact, because nothing in it is indexed by a register.
-template <class Element, class Tile, int ROWS, class Mask>
+// Adds what remove_non_finite took out to the pairs that see it: finished[row, column] += factor *
+// source[other, column] for every visible (row, other) and every infinite or NaN source element, on
+// a finished tile of results in shared memory, of which this warp owns rows [row, row + ROWS). No
+// probability is needed: NaN stays NaN and infinity times anything positive infinity. Rare, hence
+// compact: nothing in it is indexed by a register, and it can follow a loop that has none left.
+//   source   the rows that were repaired, in global memory, `others` among them
+//   keep     (row of the tile, other) -> bool
+template <class Element, class Tile, int ROWS, class Real, class Keep>
 DEV void add_non_finite(u32 smem, int row, const GlobalRows<typename Element::Storage>& source,
-                        Range keys, int first_row, const Mask& mask) {
+                        Range others, Real factor, Keep keep) {
     constexpr int PER_CHUNK = Tile::PER_CHUNK;
+    const int columns = min(source.columns, Tile::COLUMNS);
 #pragma unroll 1
-    for (int key = keys.begin; key < min(keys.end, source.rows); ++key)
+    for (int other = others.begin; other < min(others.end, source.rows); ++other)
 #pragma unroll 1
-        for (int column = fresh_thread_id() % 32; column < source.columns; column += 32) {
-            const auto x = ld_global(source.base + key * source.stride + column);
+        for (int column = fresh_thread_id() % 32; column < columns; column += 32) {
+            const auto x = ld_global(source.base + other * source.stride + column);
             if (Element::is_finite_value(x)) continue;
 #pragma unroll 1
             for (int r = row; r < row + ROWS; ++r) {
-                if (!mask.keep(first_row + r, key)) continue;
+                if (!keep(r, other)) continue;
                 const u32 at = smem + Tile::offset(r, column / PER_CHUNK * PER_CHUNK) +
                                column % PER_CHUNK * (int)sizeof(x);
                 typename Element::Storage before;
                 ld_shared(before, at);
-                st_shared(at, Element::from_real(Element::to_real(before) + Element::to_real(x)));
+                st_shared(at, Element::from_real(Element::to_real(before) +
+                                                 factor * Element::to_real(x)));
             }
         }
 }

@@ -338,8 +338,9 @@ DEV void write_output(const ForwardParams& p, int first_column, u32 out_smem,
         for (int tile = tiles.begin; tile < tiles.end; tile = mask.next_tile(tile + 1, tiles.end)) {
             const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
             if (mask.isolates(rows, keys, tile))
-                add_non_finite<typename C::Element, OutTile, L::WARP_Q>(out_smem, row, v_gmem, keys,
-                                                                        first_row, mask);
+                add_non_finite<typename C::Element, OutTile, L::WARP_Q>(
+                    out_smem, row, v_gmem, keys, Real(1),
+                    [&](int r, int key) { return mask.keep(first_row + r, key); });
         }
         __syncwarp();
     }
