@@ -63,7 +63,7 @@ class Model:
         relative = Relative(heads, window, first)
         # A token per base, one for hidden ones, and each global position is a token of its own.
         kinds = HIDDEN + 1 + first
-        shape = Shape(layers, heads, width, kinds, 4, layers, relative.entries)
+        shape = Shape(layers, heads, width, kinds, 4, layers, entries=relative.entries)
         return cls(shape, relative, window, xp=xp)
 
     def initial(self, seed: int) -> Weights:
@@ -118,7 +118,7 @@ class Model:
         """The loss on one piece; its gradient is put into `gradients`."""
         shown, places = hidden
         logits, back = self.forward(weights, shown, places, attention)
-        loss, back_loss = cross_entropy(logits, self.xp.asarray(piece[places]))
+        loss, back_loss = cross_entropy(logits, self.xp.asarray(piece[places].astype(np.int64)))
         gradients.vector[...] = 0
         back(back_loss(1.0), gradients)
         return loss
@@ -183,7 +183,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("numpy", "cupy"), default="numpy")
     add("--length", type=int, default=65536, help="bases of a whole stretch")
     add("--short", type=int, default=2048, help="bases of a short piece")
-    add("--steps", type=int, default=400, help="on short pieces")
+    add("--steps", type=int, default=300, help="on short pieces")
     add("--long-steps", type=int, default=4, help="on whole stretches")
     add("--window", type=int, default=128, help="bases seen to either side")
     add("--first", type=int, default=16, help="global positions")

@@ -312,6 +312,32 @@ def test_steps_lower_the_loss(sparse: bool) -> None:
     assert model.accuracy(weights, *data, 3) >= 0.75
 
 
+def test_curriculum_waits_until_paths_are_learned() -> None:
+    curriculum, generator = pathfinder.Curriculum(5, 10**6), rng()
+    for _ in range(50):
+        curriculum.told(2, 0.69)
+    assert curriculum.top == 2
+    for _ in range(50):
+        curriculum.told(2, 0.01)
+    assert curriculum.top == 3  # the next length begins as if nothing was known of it
+    for _ in range(50):
+        curriculum.told(2, 0.01)
+    assert curriculum.top == 3  # what counts is how the longest do
+    drawn = [curriculum.draw(generator) for _ in range(200)]
+    assert set(drawn) == {2, 3}
+
+
+def test_curriculum_ends_with_the_longest_paths() -> None:
+    curriculum, tops = pathfinder.Curriculum(5, 100), []
+    for _ in range(100):
+        curriculum.told(curriculum.top, 0.69)
+        tops.append(curriculum.top)
+    assert sorted(tops) == tops
+    assert set(tops) == {2, 3, 4, 5}
+    assert tops[60] == 5
+    assert pathfinder.Curriculum(2, 10).draw(rng()) == 2
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--layers", "1", "--width", "16", "--heads", "1", "--batch", "2"]
     assert pathfinder.main(["--steps", "2", "--tests", "3", *size]) == 1  # two steps teach nothing

@@ -105,7 +105,7 @@ def plain_attention(
     if relative is not None:
         p += relative.matrix(table, length)
     if mask is not None:
-        p[..., ~xp.asarray(mask.to_dense()[0])] = -xp.inf
+        p += xp.asarray(np.where(mask.to_dense()[0], 0, -np.inf).astype(p.dtype))
     p -= p.max(axis=-1, keepdims=True)
     xp.exp(p, out=p)
     p /= p.sum(axis=-1, keepdims=True)
