@@ -79,6 +79,20 @@ def test_main_instructions(arch: str, kernel: str, element: str, dim: int) -> No
     assert count(found, r"(LDL|STL)\b") == 0, found
 
 
+@pytest.mark.parametrize("kernel", ["forward", "backward_dkdv", "backward_dq"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_main_instructions_of_turing(kernel: str, dim: int) -> None:
+    found = opcodes("sm_75", kernel, "f16", dim)
+    # A product is half as deep as on sm_80, and copies pass through registers, 16 bytes each.
+    assert count(found, r"HMMA\.1688\.F32") >= 64, found
+    assert count(found, r"LDSM\.16\.M(T)?88\.4") >= 16, found
+    loads = count(found, r"LDG\.E\.128")
+    assert loads >= 8, found
+    assert count(found, r"STS\.128") >= loads // 2, found
+    assert count(found, r"STG\.E(\.EF)?\.128") > 0, found
+    assert count(found, r"(LDL|STL|LDGSTS)\b") == 0, found
+
+
 def test_the_parser_reads_what_nvdisasm_writes() -> None:
     found = opcodes("sm_80", "forward", "f16", 128)
     assert found["EXIT"] >= 1
