@@ -305,6 +305,15 @@ FORMS = [
     ),
     _load("tma_load_2d_swizzle_128_float32", Box((40, 20), (32, 16), (8, 9), "float32", 128)),
     _load("tma_load_2d_bfloat16_hint", Box((64, 16), (64, 8), (0, 4), "bfloat16", 128), hint=True),
+    _load("tma_load_3d_hint", Box((64, 9, 5), (64, 4, 3), (0, 7, 3), swizzle=128), hint=True),
+    _load(
+        "tma_load_4d_hint", Box((64, 6, 3, 4), (64, 4, 1, 2), (0, 1, 2, 2), swizzle=128), hint=True
+    ),
+    _load(
+        "tma_load_5d_hint",
+        Box((100, 10, 3, 2, 2), (64, 8, 1, 1, 1), (64, 4, 2, 1, 1), swizzle=128),
+        hint=True,
+    ),
     _load("tma_load_2d_fill_nan", Box((60, 11), (32, 8), (48, 7), fill_nan=True)),
     _load("tma_load_2d_fill_nan_float32", Box((40, 20), (32, 16), (-8, 9), "float32", 128, True)),
     HINTS,

@@ -13,6 +13,7 @@ from . import (
     mma,
     shared_matrix,
     warp,
+    warpgroups,
     wgmma,
 )
 from .form import Form
@@ -30,6 +31,7 @@ FORMS: list[Form] = [
         handshakes,
         bulk,
         clusters,
+        warpgroups,
         wgmma,
     )
     for form in module.FORMS

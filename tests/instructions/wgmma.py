@@ -170,7 +170,7 @@ class Product:
                 "" if self.kind == "tf32" else f", {int(self.a.mn_major)}, {int(self.b.mn_major)}"
             )
         text = (
-            f"{{ .reg .pred p; setp.ne.u32 p, %{regs + used + 1}, 0;\\n{ptx} {operands('%{}', regs)}, {a_text}, "
+            f"{{ .reg .pred p; setp.ne.u32 p, %{regs + used + 1}, 0; {ptx} {operands('%{}', regs)}, {a_text}, "
             f"%{regs + used}, p, {self.sign_a}, {self.sign_b}{transposes}; }}"
         )
         # Registers of A must live until the wait, so those steps are unrolled; the others share one
@@ -230,7 +230,7 @@ def _products() -> list[Product]:
         Product("ss_mn_n192", 192, b=MN),  # leading offset over three slabs
         Product("ss_mn_n96_span64", 96, b=Layout(64, True)),
         Product("ss_mn_n256_bf16", 256, "bf16", b=MN),
-        Product("ss_n128_bf16", 128, "bf16"),
+        *(Product(f"ss_n{n}_bf16", n, "bf16") for n in (64, 80, 96, 112, 128, 176, 192)),
         Product("ss_n64_zero", 64, accumulate=False),
         Product("ss_n64_negate_a", 64, sign_a=-1),
         Product("ss_n64_negate_b", 64, sign_b=-1),
