@@ -27,6 +27,7 @@ OPTIONS = ("-std=c++17", "-lineinfo")
 # Kernel header -> the struct it takes. The function has the header's name.
 PARAMS = {
     "forward": "ForwardParams",
+    "forward_sm90": "ForwardSm90Params",
     "backward_prepare": "BackwardParams",
     "backward_dkdv": "BackwardParams",
     "backward_dq": "BackwardParams",

@@ -15,7 +15,7 @@ import numpy as np
 from cupy.cuda import driver
 from cupy.cuda.function import Module
 
-from cuflash import _compile, _nvrtc
+from cuflash import _compile, _nvrtc, _tensor_maps
 from cuflash._device import Limits
 from cuflash._errors import UnsupportedError
 
@@ -73,6 +73,10 @@ class CupyDevice:
     def pointer(self, array: Any) -> int:
         """Device address of the first element."""
         return array.data.ptr
+
+    def tensor_map(self, pointer: int, layout: _tensor_maps.Layout) -> bytes:
+        """By the driver, or from the cache."""
+        return _tensor_maps.encoded(pointer, layout)
 
     def load(self, spec: _compile.Specialization) -> CupyKernel:
         """Build and load once per device."""

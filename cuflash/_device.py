@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from cuflash._compile import Specialization
+    from cuflash._tensor_maps import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,9 @@ class Device(Protocol):
 
     def load(self, spec: Specialization) -> Kernel:
         """Compile (or find compiled) and load; raises CompileError."""
+
+    def tensor_map(self, pointer: int, layout: Layout) -> bytes:
+        """The 128 bytes that tell the copy engine of sm_90 where an array lies."""
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
         """Make this the current device while allocating and launching."""

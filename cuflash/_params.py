@@ -127,6 +127,24 @@ _FORWARD_POINTERS = ("q", "k", "v", "out", "lse", "alibi_slopes")
 FORWARD_POINTERS = (*_FORWARD_POINTERS, *OPTION_POINTERS)
 FORWARD = _struct(_FORWARD_POINTERS, ("q", "k", "v", "out", "slope"))
 
+# Tensor maps lie behind everything else; see kernels_cu/params.cuh.
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+
+def with_maps(struct: np.dtype, names: Sequence[str]) -> np.dtype:
+    """A params struct followed by tensor maps."""
+    first = -(-struct.itemsize // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+    assert struct.fields is not None and struct.names is not None
+    fields = [(name, *struct.fields[name][:2]) for name in struct.names]
+    map_type = np.dtype((np.void, _MAP_BYTES))
+    fields += [(f"{name}_map", map_type, first + n * _MAP_BYTES) for n, name in enumerate(names)]
+    found, formats, offsets = zip(*fields, strict=True)
+    size = first + len(names) * _MAP_BYTES
+    return np.dtype({"names": found, "formats": formats, "offsets": offsets, "itemsize": size})
+
+
+FORWARD_SM90 = with_maps(FORWARD, ("q", "k", "v", "out"))
+
 _BACKWARD_POINTERS = (
     *("q", "k", "v", "out", "dout", "lse", "dlse", "alibi_slopes"),
     *("dq", "dk", "dv", "dslopes"),
@@ -203,6 +221,7 @@ MERGE = np.dtype(
 
 STRUCTS = {
     "ForwardParams": FORWARD,
+    "ForwardSm90Params": FORWARD_SM90,
     "BackwardParams": BACKWARD,
     "MergeParams": MERGE,
     "MaskTilesParams": MASK_TILES,
@@ -220,13 +239,15 @@ class Packer:
         The struct with everything but the pointers filled in.
     pointers : int
         How many of its leading 8-byte pointers each call gives; the others stay as they are.
+    maps : int
+        How many tensor maps at its end each call gives.
     """
 
     __slots__ = ("head", "tail")
 
-    def __init__(self, values: np.ndarray, pointers: int) -> None:
+    def __init__(self, values: np.ndarray, pointers: int, maps: int = 0) -> None:
         self.head = struct.Struct(f"<{pointers}Q").pack
-        self.tail = values.tobytes()[8 * pointers :]
+        self.tail = values.tobytes()[8 * pointers : values.itemsize - maps * _MAP_BYTES]
 
     def __call__(self, *pointers: int) -> bytes:
         return self.head(*pointers) + self.tail

@@ -82,7 +82,7 @@ constexpr int MAX_SCORE_ARRAYS = 8, MAX_SCORE_SCALARS = 8, MAX_SCORE_AXES = 4;
 // C-contiguous parameter arrays of a score expression.
 struct ScoreModParams {
     int extents[MAX_SCORE_ARRAYS][MAX_SCORE_AXES];  // unused axes are 1
-    int arrays_16bit;  // bit n: array n has the element type, else float
+    int element_arrays;  // bit n: array n has the element type, else float
 };
 
 struct PackedParams {
@@ -102,7 +102,7 @@ struct OptionPointers {
     const int4* sequences;  // [1 + batch]; see packed.cuh
     const int2* work;
     const void* score_arrays[MAX_SCORE_ARRAYS];
-    u64 score_scalars[MAX_SCORE_SCALARS];  // the bits of a float, or an int
+    u64 score_scalars[MAX_SCORE_SCALARS];  // the bits of a Real, or an int
 };
 
 struct OptionValues {
@@ -125,6 +125,17 @@ struct ForwardParams {
     Shape shape;
     Schedule schedule;
     OptionValues values;
+};
+
+// A tensor map as the driver encodes it, for the copies of sm_90 (cuflash/_tensor_maps.py).
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+// Maps come last: they change from call to call with the pointers. Axes of each, innermost first: columns,
+// rows, heads, and the last two batch axes; those that an array is broadcast along have extent 1.
+struct ForwardSm90Params : ForwardParams {
+    TensorMap q_map, k_map, v_map, out_map;
 };
 
 // Gradient of a bias: where its elements lie, and how the sums over axes it lacks are shared out.
@@ -161,7 +172,7 @@ struct BackwardParams {
     void* dbias;
     void* dsinks_partial;  // [B, H], Real
     i64* score_grads
-        [MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS] each (exact_sum.cuh); null: not wanted
+        [MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS<Real>] each (exact_sum.cuh); null: not wanted
     Strides q_strides, k_strides, v_strides, out_strides, dout_strides, lse_strides, dlse_strides;
     Strides dq_strides, dk_strides, dv_strides, slope_strides, dslope_strides;
     Shape shape;
@@ -172,10 +183,10 @@ struct BackwardParams {
 
 // Turns exact sums into gradients of score parameters.
 struct ScoreSumsParams {
-    const i64* words[MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS]; null: not wanted
+    const i64* words[MAX_SCORE_ARRAYS];  // [elements, SUM_WORDS<Real>]; null: not wanted
     void* grads[MAX_SCORE_ARRAYS];       // [elements]
     i64 elements[MAX_SCORE_ARRAYS];
-    int grads_16bit;  // bit n: gradient n has the element type, else float
+    int element_grads;  // bit n: gradient n has the element type, else float
 };
 
 // Makes one tile map.

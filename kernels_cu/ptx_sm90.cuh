@@ -8,11 +8,6 @@
 
 #include "ptx.cuh"
 
-// A tensor map as the driver encodes it. Its place in a kernel's params must be a multiple of 64 bytes.
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
-
 // ---- mbarrier: 8 bytes of shared memory that count arrivals and bytes ---------------------------
 // Phases are numbered from 0. A phase ends when `arrivals` threads have arrived and every byte that was
 // announced has come. wait(n & 1) returns when phase n is over; a fresh barrier counts as if phase -1

@@ -20,11 +20,13 @@ import numpy as np
 
 from cuflash import _cache, _compile
 from cuflash._device import Limits
+from cuflash._tensor_maps import Layout
 
 from .memory import Memory
 from .module import Limits as ModuleLimits
 from .module import Module
 from .nvrtc import Nvrtc
+from .tensormap import tensor_map
 
 KIB = 1024
 # Shared memory one block may opt in to (CUDA programming guide, table of technical specifications).
@@ -138,6 +140,11 @@ class EmulatedDevice:
         """Address of the first element; the array's own bytes become accessible."""
         self.memory.register(array)
         return array.__array_interface__["data"][0]
+
+    def tensor_map(self, pointer: int, layout: Layout) -> bytes:
+        """In the emulator's own encoding, within the limits of the driver's."""
+        kind, dims, strides, box, swizzle = layout
+        return tensor_map(pointer, kind, dims, strides, box, swizzle=swizzle).tobytes()
 
     def load(self, spec: _compile.Specialization) -> EmulatedKernel:
         """Translate once per process, bind once per device."""
