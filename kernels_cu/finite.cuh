@@ -6,11 +6,10 @@
 #include "masks.cuh"
 #include "tile.cuh"
 
-// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; all threads of
-// the block. True (for every thread) if there were any. The tile is ready for use after it: the
-// vote is a barrier.
+// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; THREADS threads,
+// the block's first. True if this thread found any.
 template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
-DEV bool remove_non_finite(u32 smem, int first_row = 0) {
+DEV bool remove_own_non_finite(u32 smem, int first_row = 0) {
     constexpr int CHUNKS = Tile::COLUMNS / Tile::PER_CHUNK;
     bool found = false;
 #pragma unroll 1
@@ -23,7 +22,14 @@ DEV bool remove_non_finite(u32 smem, int first_row = 0) {
         st_shared_v4(at, clean);
         found = true;
     }
-    return __syncthreads_or(found);
+    return found;
+}
+
+// The same by all threads of the block; true (for every thread) if there were any. The tile is ready
+// for use after it: the vote is a barrier.
+template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
+DEV bool remove_non_finite(u32 smem, int first_row = 0) {
+    return __syncthreads_or(remove_own_non_finite<Element, Tile, THREADS, ROWS>(smem, first_row));
 }
 
 // Adds what remove_non_finite took out to the pairs that see it: finished[row, column] += factor *

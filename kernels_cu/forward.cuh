@@ -416,8 +416,8 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
 
 // Lengths that contradict themselves: NaN in every row, so that nobody takes the output for one.
 // Here the blocks share out the rows of the arrays, whatever the tables say.
-template <class C> DEV void write_nan(const ForwardParams& p) {
-    const Work work = decode_flat(p.schedule, 1, p.shape.heads);
+template <class C> DEV void write_nan(const ForwardParams& p, unsigned block = fresh_block_id()) {
+    const Work work = decode_flat(p.schedule, 1, p.shape.heads, block);
     using Real = typename C::Element::Real;
     const Real nan = __int_as_float(0x7fffffff);
     auto* out_gmem = (typename C::Element::Storage*)p.out + work.head * p.out_strides.head;

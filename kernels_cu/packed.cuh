@@ -83,8 +83,8 @@ template <class C> DEV void enter(BackwardParams& p, const Work& work) {
 }
 
 // The tile of a packed launch: an entry of its work table.
-template <class C, class Params> DEV Work decode(const Params& p, int heads) {
-    Work work = decode_flat(p.schedule, 1, heads);
+template <class C, class Params> DEV Work decode(const Params& p, int heads, unsigned block) {
+    Work work = decode_flat(p.schedule, 1, heads, block);
     const int2 entry = p.options.work[p.values.packed.work_offset + work.tile];
     work.batch = entry.x;
     work.tile = entry.y;
@@ -99,11 +99,12 @@ template <class C, class Params> DEV Work decode(const Params& p, int heads) {
 // What this block works on. Packed sequences: `batch` is the sequence, -1 where the table holds no
 // work for this block, which must leave before anything else. From the call's params or a
 // sequence's own.
-template <class C, class Params> DEV Work decode(const Params& p, int heads) {
+template <class C, class Params>
+DEV Work decode(const Params& p, int heads, unsigned block = fresh_block_id()) {
     if constexpr (C::PACKED)
-        return packed::decode<C>(p, heads);
+        return packed::decode<C>(p, heads, block);
     else
-        return decode(p.schedule, p.shape, heads);
+        return decode(p.schedule, p.shape, heads, block);
 }
 
 // A head's first row in lse and in the workspaces [B, H, len_q], which for packed sequences are

@@ -13,10 +13,12 @@ struct Work {
 };
 
 // Section after section of `heads_per_section` heads; inside one, tile-major from the first tile on.
-// `heads` per batch entry; batch_index stays unset. A second call computes anew: cheaper than
+// `heads` per batch entry; batch_index stays unset. `block`: blocks that take several pieces of work
+// name them as blocks of a larger grid. A second call computes anew: cheaper than
 // keeping its results in registers across a main loop.
-DEV Work decode_flat(const Schedule& schedule, int batch, int heads) {
-    const unsigned block = fresh_block_id(), tiles = schedule.tiles;
+DEV Work decode_flat(const Schedule& schedule, int batch, int heads,
+                     unsigned block = fresh_block_id()) {
+    const unsigned tiles = schedule.tiles;
     const unsigned section_heads = schedule.heads_per_section;
     const unsigned total = (unsigned)batch * heads;
     const unsigned section = block / (section_heads * tiles);
@@ -32,8 +34,9 @@ DEV Work decode_flat(const Schedule& schedule, int batch, int heads) {
 }
 
 // The same with the longest tile first.
-DEV Work decode(const Schedule& schedule, const Shape& shape, int heads) {
-    Work work = decode_flat(schedule, shape.batch, heads);
+DEV Work decode(const Schedule& schedule, const Shape& shape, int heads,
+                unsigned block = fresh_block_id()) {
+    Work work = decode_flat(schedule, shape.batch, heads, block);
     if (schedule.longest_last) work.tile = schedule.tiles - 1 - work.tile;
     int rest = work.batch;
 #pragma unroll

@@ -35,11 +35,25 @@ template <int M16, class Real = float> struct OnlineSoftmax {
     // LOWEST) = 0.
     DEV_METHOD Real in_log2(Real score) const { return max_of(score * c, LOWEST); }
 
+    // How a tile of scores moves the references.
+    struct Rise {
+        Real offset[M16][2];  // the references in log2 units
+        Real growth[M16][2];  // what the output is to be multiplied by, if any row's grew
+        bool grew, huge;
+    };
+
     // s: scores in, probabilities out. o: scaled to the reference they are relative to.
     template <int N8, int O8>
     DEV_METHOD void update(Accumulator<M16, N8, Real>& s, Accumulator<M16, O8, Real>& o) {
-        Real offset[M16][2], growth[M16][2];
-        bool grew = false, huge = false;
+        Rise rise = raise(s);
+        rescale(o, rise);
+        weigh(s, rise);
+    }
+
+    // The steps of `update`, for those who have other work between them.
+    template <int N8> DEV_METHOD Rise raise(const Accumulator<M16, N8, Real>& s) {
+        Rise rise;
+        rise.grew = rise.huge = false;
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -48,25 +62,38 @@ template <int M16, class Real = float> struct OnlineSoftmax {
                 const Real before = in_log2(reference[m][half]), after = in_log2(highest);
                 // Two huge maxima may round to one product; their difference is exact before the
                 // multiplication (and infinite when there was no maximum, so that growth is 0).
-                const Real rise =
+                const Real higher =
                     is_huge(after) ? (highest - reference[m][half]) * c : after - before;
-                const bool moves = rise > HEADROOM;
-                growth[m][half] = moves ? exp2_of(-rise) : Real(1);
-                offset[m][half] = moves ? after : before;
+                const bool moves = higher > HEADROOM;
+                rise.growth[m][half] = moves ? exp2_of(-higher) : Real(1);
+                rise.offset[m][half] = moves ? after : before;
                 reference[m][half] = moves ? highest : reference[m][half];
-                sum[m][half] *= growth[m][half];
-                grew |= moves;
-                huge |= is_huge(offset[m][half]);
+                sum[m][half] *= rise.growth[m][half];
+                rise.grew |= moves;
+                rise.huge |= is_huge(rise.offset[m][half]);
             }
-        if (__any_sync(FULL_WARP, grew)) rescale(o, growth);
-        if (__any_sync(FULL_WARP, huge)) subtract_first(s, offset);
+        return rise;
+    }
+    template <int O8>
+    DEV_METHOD void rescale(Accumulator<M16, O8, Real>& o, const Rise& rise) const {
+        if (!__any_sync(FULL_WARP, rise.grew)) return;
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int n = 0; n < O8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) o.x[m][n][e] *= rise.growth[m][e / 2];
+    }
+    template <int N8> DEV_METHOD void weigh(Accumulator<M16, N8, Real>& s, Rise& rise) {
+        if (__any_sync(FULL_WARP, rise.huge)) subtract_first(s, rise.offset);
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int n = 0; n < N8; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const Real probability = exp2_of(fma_of(s.x[m][n][e], c, -offset[m][e / 2]));
+                    const Real probability =
+                        exp2_of(fma_of(s.x[m][n][e], c, -rise.offset[m][e / 2]));
                     s.x[m][n][e] = probability;
                     sum[m][e / 2] += probability;
                 }
@@ -109,16 +136,6 @@ template <int M16, class Real = float> struct OnlineSoftmax {
             highest = max_of(highest, max_of(x[n][2 * half], x[n][2 * half + 1]));
         highest = max_of(highest, shfl_xor(highest, 1));  // the 4 lanes of a row
         return max_of(highest, shfl_xor(highest, 2));
-    }
-
-    template <int O8>
-    DEV void rescale(Accumulator<M16, O8, Real>& o, const Real (&growth)[M16][2]) {
-#pragma unroll
-        for (int m = 0; m < M16; ++m)
-#pragma unroll
-            for (int n = 0; n < O8; ++n)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) o.x[m][n][e] *= growth[m][e / 2];
     }
 
     template <int N8>
