@@ -218,7 +218,7 @@ class Forward:
             shared = _tuning.forward_shared_bytes(tile, *dims)
         else:
             shared = _tuning_wide.forward_shared_bytes(item, tile, *dims)
-        return specialize(self.name, arch, element, dims, variant, tile, shared)
+        return specialize(self.name, arch, element, dims, variant, tile, shared, SPLIT=False)
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""

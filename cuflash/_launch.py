@@ -113,6 +113,7 @@ def steps_of(
         struct["schedule"]["tiles"] = schedule.tiles
         struct["schedule"]["heads_per_section"] = schedule.heads_per_section
         struct["schedule"]["longest_last"] = schedule.longest_last
+        struct["schedule"]["splits"] = schedule.splits
         for write in fill:
             write(struct, launch)
         kernel = device.load(launch.spec)

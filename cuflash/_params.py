@@ -28,7 +28,7 @@ SHAPE = np.dtype(
 )
 
 SCHEDULE = np.dtype(
-    [("tiles", "i4"), ("heads_per_section", "i4"), ("longest_last", "i4")], align=True
+    [(name, "i4") for name in ("tiles", "heads_per_section", "longest_last", "splits")], align=True
 )
 
 FLAG_Q_VECTOR = 1

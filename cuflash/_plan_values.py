@@ -14,6 +14,7 @@ class Schedule:
     tiles: int
     heads_per_section: int
     longest_last: bool
+    splits: int = 1  # parts of the keys; `tiles` counts each tile of rows so many times
 
 
 @dataclass(frozen=True, slots=True)

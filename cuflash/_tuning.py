@@ -126,6 +126,26 @@ def forward_tile(
     return table[family(arch), (head_dim, head_dim_v)]
 
 
+# One warp with all rows there are: it reads no key twice, and many small blocks keep copies under way.
+# 2026-11-21, chosen.
+FORWARD_FEW_ROWS: dict[tuple[str, tuple[int, int]], Tile] = {
+    (family, dims): Tile(
+        16,
+        32 if dims[0] >= 192 else 64,
+        1,
+        stages=1 if family == "sm_75" else 2,
+        q_in_registers=dims[0] <= 128,
+    )
+    for family in ("sm_75", "sm_80", "sm_86", "sm_90")
+    for dims in ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+}
+
+
+def forward_few_rows_tile(arch: str, head_dim: int, head_dim_v: int) -> Tile:
+    """The forward tile for up to 16 rows of compiled head dims on an architecture."""
+    return FORWARD_FEW_ROWS[family(arch), (head_dim, head_dim_v)]
+
+
 def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
     """Dynamic shared memory of forward: one tile of Q (later the output), `stages` tiles of K and V."""
     return 2 * (tile.block_q * head_dim + tile.stages * tile.block_k * (head_dim + head_dim_v))

@@ -32,6 +32,21 @@ DEV bool remove_non_finite(u32 smem, int first_row = 0) {
     return __syncthreads_or(remove_own_non_finite<Element, Tile, THREADS, ROWS>(smem, first_row));
 }
 
+// act(other, column, x) for every infinite or NaN element among the first `most` columns of rows
+// `others`, shared out to the lanes of the calling warp by columns.
+template <class Element, class Act>
+DEV void each_non_finite(const GlobalRows<typename Element::Storage>& source, Range others,
+                         int most, Act act) {
+    const int columns = min(source.columns, most);
+#pragma unroll 1
+    for (int other = others.begin; other < min(others.end, source.rows); ++other)
+#pragma unroll 1
+        for (int column = fresh_thread_id() % 32; column < columns; column += 32) {
+            const auto x = ld_global(source.base + other * source.stride + column);
+            if (!Element::is_finite_value(x)) act(other, column, Element::to_real(x));
+        }
+}
+
 // Adds what remove_non_finite took out to the pairs that see it: finished[row, column] += factor *
 // source[other, column] for every visible (row, other) and every infinite or NaN source element, on
 // a finished tile of results in shared memory, of which this warp owns rows [row, row + ROWS). No
@@ -43,22 +58,15 @@ template <class Element, class Tile, int ROWS, class Real, class Keep>
 DEV void add_non_finite(u32 smem, int row, const GlobalRows<typename Element::Storage>& source,
                         Range others, Real factor, Keep keep) {
     constexpr int PER_CHUNK = Tile::PER_CHUNK;
-    const int columns = min(source.columns, Tile::COLUMNS);
+    each_non_finite<Element>(source, others, Tile::COLUMNS, [&](int other, int column, Real x) {
 #pragma unroll 1
-    for (int other = others.begin; other < min(others.end, source.rows); ++other)
-#pragma unroll 1
-        for (int column = fresh_thread_id() % 32; column < columns; column += 32) {
-            const auto x = ld_global(source.base + other * source.stride + column);
-            if (Element::is_finite_value(x)) continue;
-#pragma unroll 1
-            for (int r = row; r < row + ROWS; ++r) {
-                if (!keep(r, other)) continue;
-                const u32 at = smem + Tile::offset(r, column / PER_CHUNK * PER_CHUNK) +
-                               column % PER_CHUNK * (int)sizeof(x);
-                typename Element::Storage before;
-                ld_shared(before, at);
-                st_shared(at, Element::from_real(Element::to_real(before) +
-                                                 factor * Element::to_real(x)));
-            }
+        for (int r = row; r < row + ROWS; ++r) {
+            if (!keep(r, other)) continue;
+            const u32 at = smem + Tile::offset(r, column / PER_CHUNK * PER_CHUNK) +
+                           column % PER_CHUNK * (int)sizeof(typename Element::Storage);
+            typename Element::Storage before;
+            ld_shared(before, at);
+            st_shared(at, Element::from_real(Element::to_real(before) + factor * x));
         }
+    });
 }

@@ -304,6 +304,74 @@ template <class C> DEV Range key_tiles(const typename C::Mask& mask, Range rows)
     return {mask.next_tile(keys.begin / C::BLOCK_K, end), end};
 }
 
+// What a block works on. With C::SPLIT the tiles of rows are counted `splits` times: neighbours in
+// the order of blocks walk parts of the same keys, and `split` says which.
+struct ForwardWork : Work {
+    int split;
+};
+template <class C> DEV ForwardWork forward_work(const ForwardParams& p) {
+    ForwardWork work{decode<C>(p, p.shape.heads), 0};
+    if constexpr (C::SPLIT) {
+        work.split = work.tile % p.schedule.splits;
+        work.tile /= p.schedule.splits;
+    }
+    return work;
+}
+
+// The key tiles that this block walks: those that its rows see, or its part of them.
+template <class C> DEV Range own_key_tiles(const ForwardParams& p, const ForwardWork& work,
+                                           const typename C::Mask& mask, Range rows) {
+    const Range all = key_tiles<C>(mask, rows);
+    if constexpr (!C::SPLIT) return all;
+    const i64 count = all.end - all.begin;
+    const int begin = all.begin + (int)(count * work.split / p.schedule.splits);
+    const int end = all.begin + (int)(count * (work.split + 1) / p.schedule.splits);
+    return {mask.next_tile(begin, end), end};
+}
+
+// A part's rows of one warp, straight from the registers: floats, of which the four lanes of a row
+// fill whole sectors. They wait for the merge of parts in the workspace p.out [splits, B, H, Lq, Dv].
+template <class C, int M16, int O8, class Real>
+DEV void write_part(const ForwardParams& p, const ForwardWork& work, i64 first, int first_column,
+                    const Accumulator<M16, O8, Real>& o, const Real (&inverse)[M16][2]) {
+    const int lane = lane_id(), columns = p.shape.head_dim_v;
+    const int row = work.tile * C::BLOCK_Q + warp_id() * (16 * M16) + lane / 4;
+#pragma unroll
+    for (int m = 0; m < M16; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int i = row + 16 * m + 8 * half;
+            if (i >= p.shape.len_q) continue;
+            Real* to = (Real*)p.out + (first + i) * columns;
+#pragma unroll
+            for (int n = 0; n < O8; ++n)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int column =
+                        first_column + output_column<typename C::Element>(n, e, lane);
+                    if (column < columns) to[column] = o.x[m][n][2 * half + e] * inverse[m][half];
+                }
+        }
+    __syncwarp();  // repairs come from other lanes
+}
+
+// Adds to a part what was left out of it; see add_non_finite.
+template <class C> DEV void repair_part(const ForwardParams& p, const ForwardWork& work, i64 first,
+                                        int first_column,
+                                        const GlobalRows<typename C::Element::Storage>& v_gmem,
+                                        Range keys, const typename C::Mask& mask) {
+    using Real = typename C::Element::Real;
+    constexpr int WARP_Q = ForwardLayout<C>::WARP_Q;
+    const int first_row = work.tile * C::BLOCK_Q + warp_id() * WARP_Q;
+    each_non_finite<typename C::Element>(
+        v_gmem, keys, ForwardLayout<C>::PART, [&](int key, int column, Real x) {
+#pragma unroll 1
+            for (int i = first_row; i < min(first_row + WARP_Q, p.shape.len_q); ++i)
+                if (mask.keep(i, key))
+                    ((Real*)p.out)[(first + i) * p.shape.head_dim_v + first_column + column] += x;
+        });
+}
+
 // Divides by the sums; writes lse and the rows of one warp. `repaired`: some tile that the mask
 // cuts held infinities or NaNs in V, which the pairs that see them get back here.
 template <class C, int M16, int O8, class Real>
@@ -313,12 +381,16 @@ DEV void write_output(const ForwardParams& p, int first_column, u32 out_smem,
     using L = ForwardLayout<C>;
     using OutTile = typename L::OutTile;
     const Shape& shape = p.shape;
-    const Work work = decode<C>(p, shape.heads);
+    const ForwardWork work = forward_work<C>(p);
     const int first_row = work.tile * C::BLOCK_Q, row = warp_id() * L::WARP_Q;
 
     Real inverse[M16][2], lse[M16][2];
-    softmax.template finish<C::SINKS>(inverse, lse, sink_log2<C>(p, work.head));
-    Real* lse_gmem = (Real*)p.lse + statistics_row<C>(p, work, work.head);
+    // One of the parts has the sink.
+    const Real sink = work.split == 0 ? sink_log2<C>(p, work.head) : Real(neg_infinity());
+    softmax.template finish<C::SINKS>(inverse, lse, sink);
+    i64 first = statistics_row<C>(p, work, work.head);  // of the head, in lse
+    if constexpr (C::SPLIT) first += (i64)work.split * shape.batch * shape.heads * shape.len_q;
+    Real* lse_gmem = (Real*)p.lse + first;
 #pragma unroll
     for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -328,24 +400,33 @@ DEV void write_output(const ForwardParams& p, int first_column, u32 out_smem,
             if constexpr (C::DROPOUT) inverse[m][half] *= dropout::factor_of<Real>(p);
         }
 
-    __syncwarp();  // every lane has read its Q, which the output now overwrites
-    accumulator_to_shared<typename C::Element, OutTile>(out_smem, row, o, inverse);
-    __syncwarp();
+    if constexpr (C::SPLIT) {
+        write_part<C>(p, work, first, first_column, o, inverse);
+    } else {
+        __syncwarp();  // every lane has read its Q, which the output now overwrites
+        accumulator_to_shared<typename C::Element, OutTile>(out_smem, row, o, inverse);
+        __syncwarp();
+    }
     if (repaired) {
         const typename C::Mask mask(p, work, work.head);
-        const Range rows{first_row, first_row + C::BLOCK_Q}, tiles = key_tiles<C>(mask, rows);
+        const Range rows{first_row, first_row + C::BLOCK_Q};
+        const Range tiles = own_key_tiles<C>(p, work, mask, rows);
         const auto v_gmem = value_rows<C>(p, work, first_column);
         for (int tile = tiles.begin; tile < tiles.end; tile = mask.next_tile(tile + 1, tiles.end)) {
             const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
-            if (mask.isolates(rows, keys, tile))
+            if (!mask.isolates(rows, keys, tile)) continue;
+            if constexpr (C::SPLIT)
+                repair_part<C>(p, work, first, first_column, v_gmem, keys, mask);
+            else
                 add_non_finite<typename C::Element, OutTile, L::WARP_Q>(
                     out_smem, row, v_gmem, keys, Real(1),
                     [&](int r, int key) { return mask.keep(first_row + r, key); });
         }
         __syncwarp();
     }
-    store_rows<OutTile, L::WARP_Q, C::VECTOR_ONLY>(output_rows<C>(p, work, first_column), out_smem,
-                                                   row, first_row);
+    if constexpr (!C::SPLIT)
+        store_rows<OutTile, L::WARP_Q, C::VECTOR_ONLY>(output_rows<C>(p, work, first_column),
+                                                       out_smem, row, first_row);
 }
 
 // One tile of rows of one head, output columns from first_column on.
@@ -357,7 +438,7 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
 
     // Which rows, which keys
     const Shape& shape = p.shape;
-    const Work work = decode<C>(p, shape.heads);
+    const ForwardWork work = forward_work<C>(p);
     const int first_row = work.tile * C::BLOCK_Q;
     const auto rows = [&] {
         const int first = opaque(first_row);
@@ -365,7 +446,7 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
     };
     const typename C::Mask mask(p, work, work.head);
     const typename C::Score score = make_score<C>(p, work, work.head);
-    const Range tiles = key_tiles<C>(mask, rows());
+    const Range tiles = own_key_tiles<C>(p, work, mask, rows());
 
     // Start the copies, prepare Q
     TileLoader<typename L::QTile, L::THREADS, C::VECTOR_ONLY> q_loader(
@@ -400,7 +481,7 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
         if (mask.cuts(rows(), tile_keys, tile)) mask.hide(map, rows(), tile_keys);
         softmax.update(s, o);  // s becomes P
         if constexpr (C::DROPOUT) {
-            const Work here = decode<C>(p, shape.heads);  // anew, as always
+            const ForwardWork here = forward_work<C>(p);  // anew, as always
             drop_weights(dropout::Keep(p, here, here.head), s,
                          here.tile * C::BLOCK_Q + warp_id() * L::WARP_Q, tile_keys.begin);
         }

@@ -46,6 +46,7 @@ struct Schedule {
     int tiles;              // tiles along the walked axis of one head
     int heads_per_section;  // heads (batch * heads) walked together
     int longest_last;  // 1: the last tile has the most work, start there; 0: start at the first
+    int splits;        // forward with C::SPLIT: parts that a tile's keys are shared out to
 };
 
 // ---- options that only some kernels read: Config says which ------------------------------------
