@@ -147,6 +147,16 @@ def total_heads(problem: Problem, heads: int) -> int:
     return heads * int(np.prod(problem.batch, dtype=np.int64))
 
 
+def longest(problem: Problem) -> tuple[int, int]:
+    """Most queries and keys that a head can have: a bound that the caller gives for packed sequences
+    may be anything beyond the rows there are.
+    """
+    if problem.packed is None:
+        return problem.len_q, problem.len_k
+    packed = problem.packed
+    return min(problem.len_q, packed.total_q), min(problem.len_k, packed.total_k)
+
+
 def tiles_of(problem: Problem, block: int, by_keys: bool = False) -> int:
     """Tiles of one head; of packed sequences as many as there can be at most."""
     if problem.packed is not None:

@@ -23,6 +23,7 @@ from cuflash._candidates import (
     heads_per_section,
     launch,
     listed_variants,
+    longest,
     specialize,
     tiles_of,
     total_heads,
@@ -283,7 +284,12 @@ class _Planner:
         assert problem.bias is not None
         full = (*problem.batch, problem.heads, problem.len_q, problem.len_k)
         own = (1,) * (len(full) - len(problem.bias)) + problem.bias
-        tiles_q, tiles_k = self.pair_tiles(spec)
+        # Of an axis that the bias has every tile is written, of others those that can hold a pair count.
+        extents = [
+            whole if extent == whole else reach
+            for extent, whole, reach in zip(own[-2:], full[-2:], longest(problem), strict=True)
+        ]
+        tiles_q, tiles_k = self.pair_tiles(spec, *extents)
         counts = (*full[:-2], tiles_q, tiles_k)
         blocks = shares = 1
         for count, extent, whole in zip(counts, own, full, strict=True):
@@ -299,15 +305,13 @@ class _Planner:
     def score(self, spec: Specialization) -> None:
         """The launch for gradients of score parameters: one block per tile of queries."""
         problem = self.problem
-        tiles_q, tiles_k = self.pair_tiles(spec)
+        tiles_q, tiles_k = self.pair_tiles(spec, *longest(problem))
         blocks = tiles_q * problem.heads * math.prod(problem.batch)
         self.pairs(spec, blocks, PairWork(1, tiles_q, tiles_k))
 
-    def pair_tiles(self, spec: Specialization) -> tuple[int, int]:
-        """Tiles of queries and of keys; of packed sequences, of the longest."""
-        problem = self.problem
-        tiles_q = -(-problem.len_q // spec.constant("BLOCK_Q"))
-        return tiles_q, -(-problem.len_k // spec.constant("BLOCK_K"))
+    def pair_tiles(self, spec: Specialization, len_q: int, len_k: int) -> tuple[int, int]:
+        """Tiles of queries and of keys."""
+        return -(-len_q // spec.constant("BLOCK_Q")), -(-len_k // spec.constant("BLOCK_K"))
 
     def pairs(self, spec: Specialization, blocks: int, work: PairWork) -> None:
         """A launch over pairs."""

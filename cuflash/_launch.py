@@ -39,10 +39,9 @@ def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -
     lowest, highest = -problem.len_q - 1, problem.len_k + 1
     left, right, offset = problem.left, problem.right, problem.q_offset
     if problem.packed is not None:
-        # Each sequence adds its own offset and clamps again.
+        # Each sequence adds what its own lengths shift (FLAG_ALIGN_END), and clamps again.
         lowest, highest = -FAR, FAR
         struct["q_offset"] = max(-FAR, min(FAR, offset))
-        offset = 0
     elif problem.alibi:
         struct["q_offset"] = offset
 
@@ -137,6 +136,12 @@ def is_empty(problem: Problem) -> bool:
     return 0 in (*problem.batch, problem.heads, *rows)
 
 
+def rows_of_sequences(device: Device, problem: Problem, arrays: Mapping[str, Any]) -> Any:
+    """Bool (total_q,): which rows of packed sequences lie before the end of the last one."""
+    assert problem.packed is not None
+    return device.xp.arange(problem.packed.total_q) < arrays["cu_seqlens_q"][-1:]
+
+
 class PreparedForward:
     """A forward call with everything but the arrays; reusable for arrays of the same metadata."""
 
@@ -156,6 +161,7 @@ class PreparedForward:
         self._empty = is_empty(problem)
         if self._empty:
             return
+        plan = _plan.plan(problem, device)  # first, as it refuses what the struct cannot hold
         slopes = arrays.get("alibi_slopes")
         given = {"q": arrays["q"], "k": arrays["k"], "v": arrays["v"], "out": out, "slope": slopes}
         given = {name: array for name, array in given.items() if array is not None}
@@ -173,7 +179,6 @@ class PreparedForward:
         for name in found:
             self._views.fill(struct[f"{name}_strides"], name)
         fill_shape(struct["shape"], problem, self._views, flags)
-        plan = _plan.plan(problem, device)
         self._options.bind(struct, self._views, plan, extra)
         self._has_options = problem.has_options
         count = len(_params.FORWARD_POINTERS) if self._has_options else _PLAIN_POINTERS
@@ -202,6 +207,9 @@ class PreparedForward:
             if self._empty:
                 if arrays is not None and arrays["sinks"] is not None:
                     lse[...] = arrays["sinks"][:, None]
+                    if self._problem.packed is not None:
+                        inside = rows_of_sequences(device, self._problem, arrays)
+                        lse[...] = device.xp.where(inside, lse, -np.inf)
                 return out, lse
             target = out
             if self._views.copies:

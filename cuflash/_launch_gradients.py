@@ -14,6 +14,7 @@ from cuflash import _dtypes, _params, _side_kernels
 from cuflash._candidates import ELEMENTS
 from cuflash._device import Device
 from cuflash._errors import UnsupportedError
+from cuflash._launch import rows_of_sequences
 from cuflash._plan_values import Launch, Plan
 from cuflash._problem import Problem
 from cuflash._views import OrderedEmpty, View, Views, contiguous_view, pair_view
@@ -185,8 +186,14 @@ class OptionGradients:
             results["sinks"][...] = 0
             dlse = arrays["dlse"]
             if dlse is not None and dlse.size:
+                if self._problem.packed is not None:
+                    inside = rows_of_sequences(self._device, self._problem, arrays)
+                    dlse = self._device.xp.where(inside, dlse, 0)
                 axes = tuple(a for a in range(dlse.ndim) if a != dlse.ndim - 2)
-                results["sinks"][...] = dlse.sum(axis=axes).astype(like.dtype)
+                total = dlse.sum(axis=axes)
+                # A sink of -inf is none: its rows have lse = -inf, and weight 0.
+                total = self._device.xp.where(like.astype(total.dtype) > -np.inf, total, 0)
+                results["sinks"][...] = total.astype(like.dtype)
         if self._scores:
             grads = {
                 n: self._device.empty(arrays[n].shape, arrays[n].dtype) for _, n in self._scores

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _dtypes, _mask_mirror, _params, _side_kernels
+from cuflash import _candidates, _dtypes, _mask_mirror, _params, _side_kernels
 from cuflash._device import Device
 from cuflash._dropout import Dropout
 from cuflash._extras import Extra
@@ -56,6 +56,7 @@ class OptionInputs:
         self, device: Device, problem: Problem, arrays: Mapping[str, Any], extra: Extra
     ) -> None:
         self._device, self._problem = device, problem
+        self._longest = _candidates.longest(problem)
         self._bias, self._sinks = arrays.get("bias"), arrays.get("sinks")
         rank = len(problem.batch) + 3
         self.found: dict[str, View] = {}
@@ -132,7 +133,7 @@ class OptionInputs:
                 continue
             by_keys = launch.walk == "keys"
             tile_q, tile_k = (launch.spec.constant(n) for n in ("BLOCK_Q", "BLOCK_K"))
-            rows, columns = -(-problem.len_q // tile_q), -(-problem.len_k // tile_k)
+            rows, columns = -(-self._longest[0] // tile_q), -(-self._longest[1] // tile_k)
             rows, columns = (columns, rows) if by_keys else (rows, columns)
             words = -(-columns // WORD)
             plane = lead * rows * words
@@ -147,7 +148,7 @@ class OptionInputs:
 
     def _make_maps(self, elements: Any, bits: Any) -> Any:
         """Tile maps of every launch, one behind the other."""
-        device, problem = self._device, self._problem
+        device = self._device
         map_ = device.empty((max(1, self._map_words),), np.uint32)
         for tiles in self._maps.values():
             struct = np.zeros((), _params.MASK_TILES)
@@ -157,7 +158,7 @@ class OptionInputs:
             struct["values"] = self._mask_values
             tiles.fill(struct["values"], self._extents, self._heads)
             struct["batch_extent"], struct["heads"] = self._extents, self._heads
-            struct["len_q"], struct["len_k"] = problem.len_q, problem.len_k
+            struct["len_q"], struct["len_k"] = self._longest
             struct["tile_q"], struct["tile_k"] = tiles.tile_q, tiles.tile_k
             struct["by_keys"], struct["tile_rows"] = tiles.by_keys, tiles.rows
             self._map_kernel(tiles.plane, _side_kernels.MAP_WARPS * 32, 0, struct.tobytes())
@@ -170,7 +171,7 @@ class OptionInputs:
                 self._device,
                 extra.blocks,
                 self._views.views["mask"].shape[:-2],
-                (tuple(self._extents), tuple(self._maps.values())),
+                (tuple(self._extents), self._longest, tuple(self._maps.values())),
                 self._make_maps,
             )
             held += (slots, bits, map_)

@@ -387,5 +387,8 @@ def _bounds(
             most = _packed_checks.contents(name, contents, total, bound, seen)
             if longest is None:
                 longest = most if needs_longest else total
-        bounds.append(total if longest is None else longest)
+        if longest is None or not needs_longest:
+            # No sequence is longer than the arrays; only masks and biases are of the bound's size.
+            longest = total if longest is None else min(longest, total)
+        bounds.append(longest)
     return bounds[0], bounds[1]

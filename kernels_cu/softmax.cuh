@@ -100,7 +100,8 @@ template <int M16, class Real = float> struct OnlineSoftmax {
     }
 
     // Completes the sums. inverse: factor of the output rows (0 for a row that saw no key); lse:
-    // natural log. HAS_SINK: one more logit, sink_log2, takes part in the sums, and has no value.
+    // natural log. HAS_SINK: one more logit, sink_log2 (else -inf), takes part in the sums, and has
+    // no value.
     template <bool HAS_SINK>
     DEV_METHOD void finish(Real (&inverse)[M16][2], Real (&lse)[M16][2], Real sink_log2) {
 #pragma unroll
@@ -110,19 +111,19 @@ template <int M16, class Real = float> struct OnlineSoftmax {
                 Real total = sum[m][half], share = 1;
                 total += shfl_xor(total, 1);
                 total += shfl_xor(total, 2);
+                // False for NaN, which thus reaches the output and lse. Before the sink: a row that
+                // saw no key is 0 whatever the sink is, even if that is infinite or NaN.
+                const bool keyless = total == 0;
                 Real offset = in_log2(reference[m][half]);
                 if constexpr (HAS_SINK) {
-                    // Relative to the larger one: a row without keys has LOWEST, of which nothing
-                    // is left.
-                    const Real highest = max_of(offset, sink_log2);
+                    const Real highest = max_of(offset, sink_log2);  // relative to the larger one
                     share = exp2_of(offset - highest);
                     total = total * share + exp2_of(sink_log2 - highest);
                     offset = highest;
                 }
-                // The comparison is false for NaN, which thus reaches the output and lse.
-                inverse[m][half] = total == 0 ? Real(0) : share / total;
+                inverse[m][half] = keyless ? Real(0) : share / total;
                 const Real log2_sum = offset + log2_of(total);
-                lse[m][half] = total == 0 ? Real(neg_infinity()) : log2_sum * LN_2_OF<Real>;
+                lse[m][half] = (keyless ? sink_log2 : log2_sum) * LN_2_OF<Real>;
             }
     }
 
