@@ -63,8 +63,6 @@ def common_refusals(problem: Problem, arch: str) -> list[str]:
     for name in ("len_q", "len_k"):
         if getattr(problem, name) > MAX_EXTENT:
             reasons.append(f"{name} {getattr(problem, name)} > {MAX_EXTENT}")
-    if problem.dtype == "float64" and problem.expression:
-        reasons.append("score_mod of float64: expressions are evaluated in float32")
     if problem.alibi and abs(problem.q_offset) > MAX_EXTENT:
         reasons.append(f"ALiBi with |q_offset| {abs(problem.q_offset)} > {MAX_EXTENT}")
     return reasons

@@ -129,7 +129,7 @@ class OptionGradients:
         scores = [0] * _params.MAX_SCORE_ARRAYS
         for n, name in self._scores:
             array = arrays[name]
-            written = device.empty((array.size, _params.SUM_WORDS), np.int64)
+            written = device.empty((array.size, _params.SUM_WORDS[self._real.itemsize]), np.int64)
             written[...] = 0
             pending[name] = written, device.empty(array.shape, array.dtype)
             scores[n] = device.pointer(written) if array.size else 0
@@ -165,7 +165,7 @@ class OptionGradients:
                 continue
             struct["words"][n], struct["grads"][n] = device.pointer(words), device.pointer(grad)
             struct["elements"][n] = grad.size
-            struct["grads_16bit"] |= int(grad.dtype.itemsize == 2) << n
+            struct["element_grads"] |= int(grad.dtype != _dtypes.FLOAT32) << n
             most = max(most, grad.size)
         element = ELEMENTS[self._problem.dtype]
         kernel = device.load(_side_kernels.score_sums(device.arch, element))

@@ -69,7 +69,9 @@ class OptionInputs:
         if self._bias is not None:
             self.found["bias"] = pair_view(self._bias, rank)
         self._score_shapes = [tuple(arrays[name].shape) for name in problem.score_params]
-        self._score_16bit = [arrays[name].dtype.itemsize == 2 for name in problem.score_params]
+        self._score_elements = [
+            arrays[name].dtype != _dtypes.FLOAT32 for name in problem.score_params
+        ]
         self._maps: dict[Launch, TileMap] = {}
         self._map_words = 0
 
@@ -103,11 +105,11 @@ class OptionInputs:
             values["dropout"]["factor"] = values["dropout"]["factor_f64"] = dropout.factor
         score = values["score"]
         score["extents"] = 1
-        for n, (shape, narrow) in enumerate(
-            zip(self._score_shapes, self._score_16bit, strict=True)
+        for n, (shape, of_elements) in enumerate(
+            zip(self._score_shapes, self._score_elements, strict=True)
         ):
             score["extents"][n, : len(shape)] = shape
-            score["arrays_16bit"] |= int(narrow) << n
+            score["element_arrays"] |= int(of_elements) << n
         if problem.packed is not None:
             self._bind_packed(values["packed"], plan)
 
@@ -252,8 +254,9 @@ class OptionInputs:
         found += [0, 0] if problem.packed is None else self._packed_pointers(arrays, held)
         scores = [self._contiguous(arrays[name], held) for name in problem.score_params]
         found += scores + [0] * (_params.MAX_SCORE_ARRAYS - len(scores))
+        real = _dtypes.BY_NAME[problem.dtype].lse
         numbers = [] if extra.score_mod is None else extra.score_mod.scalars.values()
-        bits = [_bits(number) for number in numbers]
+        bits = [scalar_bits(number, real) for number in numbers]
         return found + bits + [0] * (_params.MAX_SCORE_SCALARS - len(bits))
 
     def _contiguous(self, array: Any, held: list[Any]) -> int:
@@ -274,9 +277,9 @@ def _slots_view(extra: Extra, rank: int) -> View:
     return View(shape, tuple(reversed(strides)), False)
 
 
-def _bits(number: float) -> int:
-    """A scalar parameter as 8 bytes: the bits of a float, or of an int."""
+def scalar_bits(number: float, real: np.dtype) -> int:
+    """A scalar parameter as 8 bytes: the bits of a `real`, or of an int."""
     if isinstance(number, int):
         return number % 2**32
-    with np.errstate(over="ignore"):  # kernels have floats only: what is too large is infinite
-        return int(np.float32(number).view(np.uint32))
+    with np.errstate(over="ignore"):  # what is too large for a float is infinite
+        return int(real.type(number).view(f"u{real.itemsize}"))

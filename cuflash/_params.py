@@ -51,7 +51,8 @@ MAX_SCORE_ARRAYS = 8
 MAX_SCORE_SCALARS = 8
 MAX_SCORE_AXES = 4
 MAX_WORK_TABLES = 5
-SUM_WORDS = 11  # 8-byte words of one exact sum (exact_sum.cuh)
+# 8-byte words of one exact sum, by the bytes of its terms (exact_sum.cuh).
+SUM_WORDS = {4: 11, 8: 74}
 VECTOR_FLAGS = {
     "q": FLAG_Q_VECTOR,
     "k": FLAG_K_VECTOR,
@@ -77,7 +78,7 @@ MASK = np.dtype(
 )
 DROPOUT = np.dtype([("threshold", "u4"), ("factor", "f4"), ("factor_f64", "f8")], align=True)
 SCORE_MOD = np.dtype(
-    [("extents", "i4", (MAX_SCORE_ARRAYS, MAX_SCORE_AXES)), ("arrays_16bit", "i4")], align=True
+    [("extents", "i4", (MAX_SCORE_ARRAYS, MAX_SCORE_AXES)), ("element_arrays", "i4")], align=True
 )
 PACKED = np.dtype([("total_q", "i8"), ("work_offset", "i8")], align=True)
 OPTION_POINTERS = (
@@ -168,7 +169,7 @@ SCORE_SUMS_POINTERS = (
 )
 SCORE_SUMS = np.dtype(
     _pointer_fields(SCORE_SUMS_POINTERS)
-    + [("elements", "i8", (MAX_SCORE_ARRAYS,)), ("grads_16bit", "i4")],
+    + [("elements", "i8", (MAX_SCORE_ARRAYS,)), ("element_grads", "i4")],
     align=True,
 )
 

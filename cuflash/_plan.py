@@ -93,7 +93,7 @@ def describe_refusals(problem: Problem, arch: str) -> str:
         if problem.dtype == "bfloat16":
             way_out = "float16"
         elif problem.dtype == "float64":
-            way_out = "float32" if problem.expression else "smaller head dims, or float32"
+            way_out = "smaller head dims, or float32"
     return (
         f"no kernel for {what}.\n"
         + "\n".join(rows)

@@ -298,7 +298,7 @@ def _option_facts(
         start = len(SCORE_PREFIX)
         params = {n[start:]: m for n, m in arrays.items() if n.startswith(SCORE_PREFIX)}
         _option_checks.score_arrays(params, row.numpy, _checks.GRADIENT_NAMES, seen)
-        facts["expression"] = _scoremod_source.source(extra.score_mod)
+        facts["expression"] = _scoremod_source.source(extra.score_mod, row.lse)
         facts["score_params"] = tuple(params)
     return facts
 

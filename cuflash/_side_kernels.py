@@ -46,6 +46,6 @@ def side_kernels(problem: Problem, arch: str) -> list[Specialization]:
 
 def all_side_kernels(arch: str) -> list[Specialization]:
     """Those that any call may need."""
-    # Expressions are evaluated in float32; that of TF32 inputs is that of float32.
-    sums = [score_sums(arch, e) for e in elements(arch) if e not in ("f32tf32", "f64")]
+    # That of TF32 inputs is that of float32.
+    sums = [score_sums(arch, e) for e in elements(arch) if e != "f32tf32"]
     return [packed_plan(arch), mask_tiles(arch, "dense"), mask_tiles(arch, "blocks"), *sums]

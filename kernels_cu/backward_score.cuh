@@ -33,7 +33,7 @@ template <class C> struct ParameterGradients {
 #pragma unroll
                 for (int e = 2 * half; e < 2 * half + 2; ++e)
                     sums.add(score.modifier, p.score_grads,
-                             score.shaped.scaled(s.x[0][n][e], 1.f).log2, work.batch, work.head,
+                             score.shaped.scaled(s.x[0][n][e], Real(1)).log2, work.batch, work.head,
                              i_0 + 8 * half, j_0 + 8 * n + e % 2, ds.x[0][n][e]);
     }
 

@@ -9,6 +9,8 @@
 
 template <class C> __device__ void backward_score_sums(const ScoreSumsParams& p) {
     using Element = typename C::Element;
+    using Real = typename Element::Real;
+    using Storage = typename Element::Storage;
     const i64 first = (i64)blockIdx.x * blockDim.x + threadIdx.x,
               step = (i64)gridDim.x * blockDim.x;
 #pragma unroll 1
@@ -16,11 +18,13 @@ template <class C> __device__ void backward_score_sums(const ScoreSumsParams& p)
         if (p.words[n] == nullptr) continue;
 #pragma unroll 1
         for (i64 at = first; at < p.elements[n]; at += step) {
-            const ExactSum sum(p.words[n] + at * SUM_WORDS);
-            if (p.grads_16bit >> n & 1)
-                ((u16*)p.grads[n])[at] = Element::from_real(sum.to_odd());
+            const ExactSum<Real> sum(p.words[n] + at * SUM_WORDS<Real>);
+            if (p.element_grads >> n & 1)
+                ((Storage*)p.grads[n])[at] = Element::from_real(
+                    sizeof(Storage) < sizeof(Real) ? sum.to_odd() : sum.nearest());
             else
-                ((float*)p.grads[n])[at] = sum.nearest();
+                ((float*)p.grads[n])[at] =
+                    sizeof(Real) == 8 ? (float)sum.to_odd() : (float)sum.nearest();
         }
     }
 }

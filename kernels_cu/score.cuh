@@ -121,17 +121,13 @@ template <class Real> struct Shaped {
 
 // Modifier concept, by example: what a score expression does to the scaled, soft-capped score of
 // (batch or sequence b, query head h, row i, key j). Generated ones: cuflash/_scoremod_source.py.
-//   CHANGES          false: nothing is called
+//   CHANGES          false: nothing below is called, nor need it be there
 //   Modifier(p)      from any kernel's params
 //   value(s, b, h, i, j)            the new score
 //   with_derivative(s, b, h, i, j)  the new score and its derivative in s
 struct Unmodified {
     static constexpr bool CHANGES = false;
     template <class Params> DEV_METHOD explicit Unmodified(const Params&) {}
-    DEV_METHOD float value(float s, int, int, int, int) const { return s; }
-    DEV_METHOD float2 with_derivative(float s, int, int, int, int) const {
-        return make_float2(s, 1.f);
-    }
 };
 
 // Everything: Shaped, and between soft cap and ALiBi a score expression and a bias.

@@ -1,7 +1,7 @@
 // What generated score expressions are made of (cuflash/_scoremod_source.py): their parameters, and
 // gradients of those.
 //
-// Parameter arrays are C-contiguous, [extents[0]][extents[1]]..., of 16-bit elements or floats. An index
+// Parameter arrays are C-contiguous, [extents[0]][extents[1]]..., of elements or floats. An index
 // outside reads nothing: the element is NaN, and has no gradient.
 #pragma once
 
@@ -13,22 +13,27 @@ namespace expression {
 // ---- parameters
 
 DEV int int_scalar(const OptionPointers& options, int n) { return (int)options.score_scalars[n]; }
-DEV float float_scalar(const OptionPointers& options, int n) {
-    return __uint_as_float((u32)options.score_scalars[n]);
+// Its bits are those of a Real.
+template <class Real> DEV Real real_scalar(const OptionPointers& options, int n) {
+    if constexpr (sizeof(Real) == 8)
+        return __longlong_as_double((i64)options.score_scalars[n]);
+    else
+        return __uint_as_float((u32)options.score_scalars[n]);
 }
 
 // Reads elements of one array; -1 is outside.
 template <class Element> struct Reader {
+    using Real = typename Element::Real;
     const void* array;
-    bool narrow;
+    bool of_elements;
 
     DEV_METHOD Reader(const OptionPointers& options, const ScoreModParams& values, int n)
-        : array(options.score_arrays[n]), narrow(values.arrays_16bit >> n & 1) {}
+        : array(options.score_arrays[n]), of_elements(values.element_arrays >> n & 1) {}
 
-    DEV_METHOD float operator()(i64 at) const {
+    DEV_METHOD Real operator()(i64 at) const {
         if (at < 0) return __uint_as_float(0x7fffffff);
-        return narrow ? Element::to_real(__ldg((const typename Element::Storage*)array + at))
-                      : __ldg((const float*)array + at);
+        return of_elements ? Element::to_real(__ldg((const typename Element::Storage*)array + at))
+                           : __ldg((const float*)array + at);
     }
 };
 
@@ -118,23 +123,24 @@ DEV auto site(const OptionPointers& options, const ScoreModParams& values, int n
 //
 // Usage: add for every pair, in an order that depends on nothing but the problem; flush at the end.
 template <class Expression, u32 WANTED> struct ParameterSums {
+    using Real = typename Expression::Real;
     using Places = Sites<Expression, WANTED>;
     static constexpr int COUNT = Places::COUNT;
     Places places;
-    float sum[COUNT > 0 ? COUNT : 1];
+    Real sum[COUNT > 0 ? COUNT : 1];
 
     DEV_METHOD ParameterSums() {
 #pragma unroll
-        for (int n = 0; n < COUNT; ++n) sum[n] = 0.f;
+        for (int n = 0; n < COUNT; ++n) sum[n] = 0;
     }
 
     // `s`: scaled, soft-capped score. `weight`: gradient of the logit; 0 (of a hidden pair, too) adds
     // nothing, whatever s is.
-    DEV_METHOD void add(const Expression& expression, i64* const (&grads)[MAX_SCORE_ARRAYS],
-                        float s, int b, int h, int i, int j, float weight) {
-        if (weight == 0.f) return;
+    DEV_METHOD void add(const Expression& expression, i64* const (&grads)[MAX_SCORE_ARRAYS], Real s,
+                        int b, int h, int i, int j, Real weight) {
+        if (weight == 0) return;
         Places read;
-        const Dual<COUNT> x = expression.at_sites(Dual<COUNT>(s), b, h, i, j, read);
+        const Dual<COUNT, Real> x = expression.at_sites(Dual<COUNT, Real>(s), b, h, i, j, read);
         each_site([&](int n, int array) {
             if (read.element[n] < 0) return;
             if (read.element[n] != places.element[n]) {
@@ -158,8 +164,8 @@ template <class Expression, u32 WANTED> struct ParameterSums {
             if (WANTED >> Expression::array_of(site) & 1) visit(n++, Expression::array_of(site));
     }
     DEV_METHOD void flush_site(int n, i64* words) {
-        if (places.element[n] >= 0) exact_add(words + places.element[n] * SUM_WORDS, sum[n]);
-        sum[n] = 0.f;
+        if (places.element[n] >= 0) exact_add(words + places.element[n] * SUM_WORDS<Real>, sum[n]);
+        sum[n] = 0;
     }
 };
 

@@ -16,21 +16,34 @@ from tests.emulator.module import Module
 from tests.emulator.nvrtc import Nvrtc
 
 F32, F16, BF16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+F64 = np.dtype(np.float64)
 SOURCE = f"""
 #include "backward_score_sums.cuh"
-static_assert(SUM_WORDS == {_params.SUM_WORDS}, "");
+static_assert(SUM_WORDS<float> == {_params.SUM_WORDS[4]}, "");
+static_assert(SUM_WORDS<double> == {_params.SUM_WORDS[8]}, "");
 struct F16 {{ using Element = f16; }};
 struct BF16 {{ using Element = bf16; }};
+struct F64 {{ using Element = f64; }};
 // Thread t of the launch adds terms t, t + threads, ... to their elements.
-extern "C" __global__ void add(i64* words, const float* terms, const int* where, int count) {{
+template <class Real>
+__device__ void add(i64* words, const Real* terms, const int* where, int count) {{
     for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < count; n += gridDim.x * blockDim.x)
-        exact_add(words + where[n] * SUM_WORDS, terms[n]);
+        exact_add(words + where[n] * SUM_WORDS<Real>, terms[n]);
+}}
+extern "C" __global__ void add_float(i64* words, const float* terms, const int* where, int count) {{
+    add(words, terms, where, count);
+}}
+extern "C" __global__ void add_double(i64* words, const double* terms, const int* where, int count) {{
+    add(words, terms, where, count);
 }}
 extern "C" __global__ void finish_f16(const __grid_constant__ ScoreSumsParams p) {{
     backward_score_sums<F16>(p);
 }}
 extern "C" __global__ void finish_bf16(const __grid_constant__ ScoreSumsParams p) {{
     backward_score_sums<BF16>(p);
+}}
+extern "C" __global__ void finish_f64(const __grid_constant__ ScoreSumsParams p) {{
+    backward_score_sums<F64>(p);
 }}
 """
 
@@ -46,10 +59,11 @@ def words_of(
     """The accumulators after all terms were added by threads in an order that `seed` chooses."""
     memory = Memory()
     module = Module(ptx(), memory)
-    words = memory.empty((elements, _params.SUM_WORDS), np.int64)
+    words = memory.empty((elements, _params.SUM_WORDS[terms.itemsize]), np.int64)
     words[...] = 0
     arguments = [words, memory.copy(terms), memory.copy(where), np.int32(len(terms))]
-    module.launch("add", (blocks,), (32,), 0, arguments, seed=seed)
+    name = "add_double" if terms.dtype == F64 else "add_float"
+    module.launch(name, (blocks,), (32,), 0, arguments, seed=seed)
     return module, words
 
 
@@ -58,8 +72,10 @@ def finished(module: Module, words: np.ndarray, dtype: np.dtype) -> np.ndarray:
     grads = module.memory.empty(len(words), dtype)
     p = np.zeros((), _params.SCORE_SUMS)
     p["words"][3], p["grads"][3] = words.ctypes.data, grads.ctypes.data
-    p["elements"][3], p["grads_16bit"] = len(words), 8 * (dtype.itemsize == 2)
+    p["elements"][3], p["element_grads"] = len(words), 8 * (dtype != F32)
     name = "finish_bf16" if dtype == BF16 else "finish_f16"
+    if words.shape[1] == _params.SUM_WORDS[8]:
+        name = "finish_f64"
     module.launch(name, (1,), (32,), 0, p[()])
     return np.array(grads)
 
@@ -189,3 +205,79 @@ def test_a_digit_holds_as_many_terms_as_the_comment_says() -> None:
         float(nearest(exact, F32)),
         -float(nearest(exact, F32)),
     ]
+
+
+# ---- sums of doubles
+
+
+def total_of_doubles(terms: np.ndarray, dtype: np.dtype = F64) -> np.ndarray:
+    return finished(*words_of(terms.astype(F64), np.zeros(len(terms), np.int32), 1), dtype)[0]
+
+
+def nearest_double(terms: np.ndarray) -> float:
+    exact = sum(map(Fraction, terms.tolist()), Fraction(0))
+    try:
+        return float(exact)  # Python rounds the quotient of two integers once
+    except OverflowError:
+        return math.inf if exact > 0 else -math.inf
+
+
+def wide_doubles(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Doubles of all exponents, subnormals included, and their near-opposites."""
+    x = rng.integers(0, 2**64, count, np.uint64).view(np.float64)
+    x = np.where(np.isfinite(x), x, 1.0) * 2.0**-20
+    x[: count // 2] = -x[count // 2 : count // 2 * 2]
+    x[: count // 4] = np.nextafter(x[: count // 4], 0.0)
+    return rng.permutation(x)
+
+
+@pytest.mark.parametrize("spread", ["all exponents", "a few", "subnormal"])
+def test_sums_of_doubles_are_rounded_once(spread: str) -> None:
+    rng = np.random.default_rng(len(spread))
+    for count in (1, 2, 7, 100):
+        if spread == "all exponents":
+            terms = wide_doubles(rng, count)
+        else:
+            terms = rng.standard_normal(count) * np.exp2(rng.integers(-30, 31, count))
+            terms *= 2.0**-1050 if spread == "subnormal" else 1.0
+        assert total_of_doubles(terms) == nearest_double(terms), terms
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        [1.0, 2.0**-53],
+        [1.0, 2.0**-53, 2.0**-1074],
+        [1.0, 2.0**-53, -(2.0**-1074)],
+        [1 + 2.0**-52, 2.0**-53],
+        [2.0**1023, 2.0**1023, -(2.0**1023)],
+        [1.7976931348623157e308, 2.0**969],
+        [1.7976931348623157e308, 2.0**970],
+        [-1.7976931348623157e308, -1.7976931348623157e308, 1.0],
+        [2.0**-1074, 2.0**-1074],
+        [2.0**-1022, -(2.0**-1074)],
+        [2.0**1000, 1.0, -(2.0**1000)],
+        [],
+    ],
+    ids=str,
+)
+def test_ties_and_ends_of_the_range_of_doubles(terms: list[float]) -> None:
+    numbers = np.array(terms, F64)
+    assert total_of_doubles(numbers) == nearest_double(numbers)
+
+
+def test_sums_of_doubles_become_floats_by_one_rounding() -> None:
+    """Of parameters in float32 with scores in float64: ties of a float, and what breaks them."""
+    for terms, want in (
+        ([1.0, 2.0**-24], 1.0),
+        ([1.0, 2.0**-24, 2.0**-900], 1 + 2.0**-23),
+        ([1.0, 2.0**-24, -(2.0**-900)], 1.0),
+        ([1 + 2.0**-23, 2.0**-24], 1 + 2.0**-22),
+        ([2.0**300], np.inf),
+        ([2.0**-150, 2.0**-1000], 2.0**-149),
+    ):
+        got = total_of_doubles(np.array(terms), F32)
+        assert got.dtype == F32 and float(got) == want, terms
+    for terms, want in (([1.0, np.inf], np.inf), ([np.inf, -np.inf], np.nan)):
+        for dtype in (F32, F64):
+            assert np.array_equal(total_of_doubles(np.array(terms), dtype), want, equal_nan=True)

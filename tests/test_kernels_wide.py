@@ -125,7 +125,7 @@ KINDS = [
     replace(BASE, dropout=0.3),
 ]
 OPTIONS = [replace(case, dtype=dtype) for dtype in ("float32", "float64") for case in KINDS]
-OPTIONS += [replace(BASE, dtype="float32", score_mod="relative")]
+OPTIONS += [replace(BASE, dtype=dtype, score_mod="relative") for dtype in ("float32", "float64")]
 
 
 @pytest.mark.parametrize("case", OPTIONS, ids=str)

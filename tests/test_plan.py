@@ -109,7 +109,6 @@ def test_workspace_is_linear_in_the_length() -> None:
     ("changes", "arch", "reason"),
     [
         ({"dtype": "float64", "head_dim": 256}, "sm_75", "of float64 exceeds shared memory"),
-        ({"dtype": "float64", "expression": "s"}, "sm_90a", "score_mod of float64"),
         ({"dtype": "bfloat16"}, "sm_75", "bfloat16 needs sm_80"),
         ({"head_dim": 320}, "sm_90a", "head_dim 320 > 256"),
         ({"head_dim_v": 257}, "sm_80", "head_dim_v 257 > 256"),

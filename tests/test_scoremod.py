@@ -122,7 +122,7 @@ def test_fn_of_a_wrong_shape_is_an_error() -> None:
 # ---- CUDA
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("name", LIBRARY)
 def test_kernels_compute_what_numpy_does(name: str, dtype: str) -> None:
     rng = np.random.default_rng(len(name))
@@ -130,10 +130,12 @@ def test_kernels_compute_what_numpy_does(name: str, dtype: str) -> None:
     twin = LIBRARY[name].of(2, 3, 5, 7, dtype=kind, seed=1)
     mod = cuflash.ScoreMod(twin.code, twin.params)
     wanted = tuple(twin.arrays())
-    s, weights = (rng.standard_normal(COUNT).astype(np.float32) for _ in "sw")
+    real = np.float64 if dtype == "float64" else np.float32
+    s, weights = (rng.standard_normal(COUNT).astype(real) for _ in "sw")
     place = places(rng)
     got = probe(mod, s, place, weights, wanted=wanted)
-    agree(got, by_numpy(mod, s, place, weights, wanted), 2e-6, 1e-6)
+    tolerance = 1e-14 if dtype == "float64" else 1e-6
+    agree(got, by_numpy(mod, s, place, weights, wanted), 2 * tolerance, tolerance)
 
 
 def chosen(codes: list[str]) -> str:
@@ -188,20 +190,27 @@ FUNCTIONS = {
 }
 
 
-def test_functions_are_accurate() -> None:
-    """Within a few units of float32's last place, or of 1 where the result is smaller."""
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_functions_are_accurate(real: type) -> None:
+    """Within a few units of the last place, or of 1 where the result is smaller."""
     codes = list(FUNCTIONS)
     mod = cuflash.ScoreMod(chosen(codes))
     rng = np.random.default_rng(1)
     each = 64
-    s = np.concatenate([rng.uniform(*ends, each) for ends in FUNCTIONS.values()]).astype(np.float32)
+    s = np.concatenate([rng.uniform(*ends, each) for ends in FUNCTIONS.values()]).astype(real)
     place = np.array([[0, 0, 2, n] for n in range(len(codes)) for _ in range(each)])
     got, want = probe(mod, s, place), by_numpy(mod, s, place)
     for what in ("values", "slopes"):
         a, b = getattr(got, what), getattr(want, what)
         error = abs(a - b) / np.maximum(abs(b), 1)
         worst = int(error.argmax())
-        assert error[worst] < 1e-6, (codes[worst // each], what, s[worst], a[worst], b[worst])
+        assert error[worst] < 9 * np.finfo(real).eps, (
+            codes[worst // each],
+            what,
+            s[worst],
+            a[worst],
+            b[worst],
+        )
     assert np.array_equal(got.values, got.values_with_slopes)
 
 
@@ -332,6 +341,8 @@ def test_the_source_is_the_users_text() -> None:
     lines = source(cuflash.ScoreMod(code)).split('#line 1 "score_mod"\n')[1].splitlines()
     assert lines[0] == "s * 1.5f            +"
     assert re.fullmatch(
-        r" \(score_mod_Number\)i \* 2e3f \+ exp \(1\.f\) - 0x10u % 3u \+ ::positive_infinity\(\)",
+        r" \(score_mod_Number\)i \* 2e3f \+ exp \(1\.f\) - 0x10u % 3u \+ float\(::positive_infinity\(\)\)",
         lines[1],
     )
+    double = source(cuflash.ScoreMod("s * 1.5 + 2e3f + INFINITY"), np.dtype(np.float64))
+    assert "\ns * 1.5 + 2e3 + double(::positive_infinity())\n" in double

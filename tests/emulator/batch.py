@@ -20,6 +20,7 @@ _HARMLESS = frozenset(
         "mul24",
         "mad",
         "mad24",
+        "madc",
         "fma",
         "div",
         "rem",

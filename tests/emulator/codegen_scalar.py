@@ -165,9 +165,9 @@ def mad(e: Emitter, i: Instruction, m: Modifiers) -> None:
     if t in ("f32", "f64"):
         fma_float(e, i, m, t)
         return
-    keep_carry = m.flag("cc")
-    if keep_carry:
-        raise e.fail("carry out of mad")
+    if m.flag("cc"):
+        _mad_carry(e, i, m, t, use=False, keep=True)
+        return
     sat = m.flag("sat")
     value, result = _integer_product(e, i, m, t)
     c = e.read(i.operands[3], result)
@@ -175,6 +175,22 @@ def mad(e: Emitter, i: Instruction, m: Modifiers) -> None:
         e.write(i.operands[0], "s32", f"emu::clamp_s32((s64)({value}) + (s64){c})")
     else:
         e.write(i.operands[0], result, f"({C_TYPES[result]})({value} + {c})")
+
+
+@emits("madc")
+def madc(e: Emitter, i: Instruction, m: Modifiers) -> None:
+    _mad_carry(e, i, m, m.type(), use=True, keep=m.flag("cc"))
+
+
+def _mad_carry(e: Emitter, i: Instruction, m: Modifiers, t: str, use: bool, keep: bool) -> None:
+    """The lower or upper half of a product, plus c, plus a carry, which goes on."""
+    value, result = _integer_product(e, i, m, t)
+    c, wide = C_TYPES[result.replace("s", "u")], "u128" if result.endswith("64") else "u64"
+    addend = e.read(i.operands[3], result)
+    e.line(f"{wide} sum = ({wide})({c})({value}) + ({wide})({c}){addend}{' + cc' if use else ''};")
+    if keep:
+        e.line(f"cc = (u8)(sum >> {result[1:]}) & 1;")
+    e.write(i.operands[0], result, f"({C_TYPES[result]})sum")
 
 
 @emits("fma")
