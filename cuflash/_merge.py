@@ -7,7 +7,7 @@ from typing import Any
 
 from cuflash import _arrays, _checks, _cpu, _dtypes
 from cuflash._arrays import Meta
-from cuflash._errors import Seen, UnsupportedError, kind_of, shown_dtype
+from cuflash._errors import Seen, kind_of, shown_dtype
 
 
 def merge_attention(
@@ -44,7 +44,7 @@ def merge_attention(
     Notes
     -----
     `out = sum_i exp(lse_i - lse) * out_i`, the identity behind split keys (Flash-Decoding) and
-    rings of devices, computed in float32 (float64 on the CPU where it costs little) with the
+    rings of devices, computed in float32, or float64 for float64 parts (on the CPU where it costs little too) with the
     maximum taken out. A part whose lse is -inf saw no key and has no say; when all are, out is 0
     and lse -inf. The order of the parts matters only by rounding.
 
@@ -119,12 +119,6 @@ def _check(
             TypeError,
             f"outs[0] is {shown_dtype(first.dtype)}, which is not one of {_dtypes.NAMES}.",
             "convert the parts with astype.",
-        )
-    if on_device and row.name == "float64":
-        raise seen.error(
-            UnsupportedError,
-            "no kernel for merge · float64.",
-            "float16, bfloat16 or float32 parts, or NumPy arrays (CPU backend).",
         )
     if len(first.shape) < 2:
         raise seen.error(

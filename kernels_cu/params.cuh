@@ -229,14 +229,14 @@ struct PackedPlanParams {
 constexpr int MERGE_MAX_PARTS = 32;  // one lane of a warp per part
 
 struct MergeParams {
-    const void* outs[MERGE_MAX_PARTS];   // each [B, H, Lq, Dv], contiguous, Element or float
-    const float* lses[MERGE_MAX_PARTS];  // each [B, H, Lq], contiguous
-    void* out;                           // [*B, H, Lq, Dv]
-    float* lse;                          // [B, H, Lq], contiguous
-    i64 rows;                            // B * H * Lq
+    const void* outs[MERGE_MAX_PARTS];  // each [B, H, Lq, Dv], contiguous, Element or Real
+    const void* lses[MERGE_MAX_PARTS];  // each [B, H, Lq], contiguous, Real
+    void* out;                          // [*B, H, Lq, Dv]
+    void* lse;                          // [B, H, Lq], contiguous, Real
+    i64 rows;                           // B * H * Lq
     int parts, head_dim_v;
     Strides out_strides;
     int batch_extent[MAX_BATCH_AXES];
     int heads, len_q;
-    int outs_are_float, out_is_float;
+    int outs_are_float, out_is_float;  // Real, else Element
 };

@@ -67,7 +67,7 @@ class Usage(NamedTuple):
 def kernels(arch: str) -> list[Specialization]:
     """Every kernel the package can launch on an architecture."""
     found = dict.fromkeys(_plan.all_specializations(arch))
-    elements = sorted({spec.element for spec in found} & {"f16", "bf16"})
+    elements = sorted({spec.element for spec in found} - {"", "f32tf32"})
     merges = (_launch_merge.specialization(arch, element) for element in elements)
     return [*found, *merges, *_side_kernels.all_side_kernels(arch)]
 
