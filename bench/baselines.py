@@ -7,11 +7,14 @@ arrays (batch, heads, length, head dim); peers see the same memory through DLPac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import cuflash
 from bench.cases import Case
+from bench.timing import OwnStream
 from cuflash import _plain
 
 Calls = dict[str, Callable[[], Any]]  # direction -> call
@@ -135,6 +138,8 @@ def jax_attention(implementation: str) -> Callable[[Case, Inputs], Calls]:
     """jax.nn.dot_product_attention, in its layout (batch, length, heads, head dim), compiled."""
 
     def peer(case: Case, x: Inputs) -> Calls:
+        # By default JAX would take three quarters of the memory for itself.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         import jax
 
         if case.causal and case.len_q != case.len_k:
@@ -150,12 +155,14 @@ def jax_attention(implementation: str) -> Callable[[Case, Inputs], Calls]:
                 q, k, v, is_causal=case.causal, implementation=implementation
             )
 
-        compiled = jax.jit(attend)
-        gradient = jax.jit(lambda q, k, v, dout: jax.vjp(attend, q, k, v)[1](dout))
-        # JAX has a stream of its own, so waiting is part of its time; its backward repeats forward.
+        # What backward needs of forward goes from one compiled function to the other.
+        compiled = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v))
+        gradient = jax.jit(lambda pullback, dout: pullback(dout))
+        _, pullback = compiled(q, k, v)
+        wait = jax.block_until_ready
         return {
-            "forward": lambda: compiled(q, k, v).block_until_ready(),
-            "forward+backward": lambda: jax.block_until_ready(gradient(q, k, v, dout)),
+            "forward": OwnStream(lambda: compiled(q, k, v), wait),
+            "backward": OwnStream(lambda: gradient(pullback, dout), wait),
         }
 
     return peer
@@ -198,9 +205,10 @@ def cudnn_frontend(case: Case, x: Inputs) -> Calls:
     stats.set_output(True).set_data_type(cudnn.data_type.FLOAT)
     graph.build([cudnn.heur_mode.A, cudnn.heur_mode.FALLBACK])
     workspace = cupy.empty(max(1, graph.get_workspace_size()), cupy.uint8)
-    memory = {q: x.q, k: x.k, v: x.v, o: out, stats: lse}
-    addresses = {key: array.data.ptr for key, array in memory.items()}
-    return {"forward": lambda: graph.execute(addresses, workspace.data.ptr, handle=handle)}
+    # Memory is handed over by DLPack, which need not know bfloat16: as 16-bit integers.
+    memory = {t: a.view("int16") for t, a in ((q, x.q), (k, x.k), (v, x.v), (o, out))}
+    memory[stats] = lse
+    return {"forward": lambda: graph.execute(memory, workspace, handle=handle)}
 
 
 PEERS: dict[str, Callable[[Case, Inputs], Calls]] = {
@@ -219,16 +227,22 @@ PEERS: dict[str, Callable[[Case, Inputs], Calls]] = {
 
 
 def collect(
-    case: Case, x: Inputs
+    case: Case, x: Inputs, peers: Mapping[str, Callable[[Case, Inputs], Calls]] = PEERS
 ) -> tuple[dict[str, dict[str, Callable[[], Any]]], dict[str, str]]:
-    """Calls by direction and peer, and the reasons of those that are missing."""
+    """Calls by direction and peer, and the reasons of those that are missing.
+
+    cuflash itself may be missing only where it says so itself: an error of it ends the run.
+    """
     calls: dict[str, dict[str, Callable[[], Any]]] = {}
     missing = {}
-    for name, peer in PEERS.items():
+    for name, peer in peers.items():
         try:
             found = peer(case, x)
             for call in found.values():
                 call()  # some refuse only when they run
+        except NotHere as error:
+            missing[name] = str(error)
+            continue
         except Exception as error:
             if name.startswith("cuflash"):
                 raise
@@ -237,3 +251,10 @@ def collect(
         for direction, call in found.items():
             calls.setdefault(direction, {})[name] = call
     return calls, missing
+
+
+def free_torch() -> None:
+    """Give back the memory that PyTorch keeps, if it is in use at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -48,6 +48,14 @@ class Case:
         forward = 4.0 * self.batch * self.heads * self.len_q * keys * self.head_dim
         return forward * (2.5 if direction == "backward" else 1.0)
 
+    def bytes_moved(self) -> float:
+        """The least that forward reads and writes: keys and values once per head of theirs, queries and results."""
+        item = 2 if self.dtype in ("bfloat16", "float16") else 4
+        rows = 2 * self.heads_kv * self.len_k + 2 * self.heads * self.len_q
+        return float(
+            self.batch * rows * self.head_dim * item + 4 * self.batch * self.heads * self.len_q
+        )
+
 
 def sweep(dtype: str = "bfloat16") -> list[Case]:
     """The papers' sweep: heads * head_dim = 2048, batch * length = 16384."""

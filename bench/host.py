@@ -57,6 +57,10 @@ class NullDevice:
         """A kernel that does nothing."""
         return _launch_nothing
 
+    def tensor_map(self, pointer: int, layout: Any) -> bytes:
+        """As large as a real one; making those takes the driver a microsecond."""
+        return bytes(128)
+
 
 def _launch_nothing(grid: int, block: int, shared_memory: int, params: bytes) -> None:
     return None

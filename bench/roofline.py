@@ -39,10 +39,12 @@ def peak(properties: dict[str, Any]) -> Peak | None:
         return None
     if capability == "8.6" and "GeForce" in name:
         per_clock = GEFORCE_86
-    clock = int(properties["clockRate"])
+    clock = int(properties.get("clockRate", 0))  # CUDA 13 has dropped it
     for pattern, quoted in QUOTED_CLOCK.items():
         if re.search(pattern, name):
             clock = quoted
+    if not clock:
+        return None
     sms = int(properties["multiProcessorCount"])
     return Peak(
         per_clock * sms * clock * 1e3 / 1e12,

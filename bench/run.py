@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench import baselines, cases, host, report, roofline, timing
+from bench import baselines, cases, history, host, paper, report, roofline, timing
 from cuflash._system import cupy_or_reason
 
 HEAD = ("case", "method", "direction", "us", "+-%", "TFLOP/s", "% peak", "cuflash x")
@@ -23,12 +23,16 @@ HEAD = ("case", "method", "direction", "us", "+-%", "TFLOP/s", "% peak", "cuflas
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and keep the results."""
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__)
-    parser.add_argument("--suite", choices=sorted(cases.SUITES), default="quick")
+    suites = [*sorted(cases.SUITES), "history", "paper"]
+    parser.add_argument("--suite", choices=suites, default="quick")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--arch", default="sm_80", help="to compile for, without a GPU")
     parser.add_argument("--plot", metavar="FILE", help="also draw TFLOP/s over length (matplotlib)")
     options = parser.parse_args(arguments)
+    if options.suite in ("history", "paper"):
+        suite = history if options.suite == "history" else paper
+        return suite.main(*cupy_or_reason(), options)
     todo = cases.SUITES[options.suite](options.dtype)
 
     found: dict[str, Any] = {"environment": report.environment()}
