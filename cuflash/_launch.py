@@ -11,8 +11,9 @@ on the same stream.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from cuflash import _dtypes, _params, _plan
 from cuflash._device import Device
 from cuflash._extras import Extra
 from cuflash._launch_options import FAR, OptionInputs
+from cuflash._launch_parts import PartsMerge
 from cuflash._problem import Problem
 from cuflash._views import (
     TRAILING,
@@ -179,10 +181,13 @@ class PreparedForward:
         for name in found:
             self._views.fill(struct[f"{name}_strides"], name)
         fill_shape(struct["shape"], problem, self._views, flags)
+        self._parts = PartsMerge(device, problem, plan, self._views) if plan.scratch else None
         self._options.bind(struct, self._views, plan, extra)
         self._has_options = problem.has_options
         count = len(_params.FORWARD_POINTERS) if self._has_options else _PLAIN_POINTERS
-        self._steps = steps_of(plan, device, struct, count, self._options.fill_launch)
+        # Where keys are shared out, the last launch is the merge of the parts.
+        walks = replace(plan, launches=plan.launches[:1])
+        self._steps = steps_of(walks, device, struct, count, self._options.fill_launch)
 
     def __call__(
         self,
@@ -227,7 +232,10 @@ class PreparedForward:
             held: list[Any] = []  # copies and maps, alive until the launch is queued
             if self._has_options and arrays is not None:
                 pointers = (*pointers, *self._options.pointers(arrays, extra, held))
-            run(self._steps, pointers)
+            if self._parts is None:
+                run(self._steps, pointers)
+            else:
+                self._parts(functools.partial(run, self._steps), pointers)
             if target is not out:
                 out[...] = target
             return out, lse

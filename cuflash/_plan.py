@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Protocol
 
-from cuflash import _candidates, _candidates_backward
+from cuflash import _candidates, _candidates_backward, _candidates_split
 from cuflash._compile import Specialization
 from cuflash._device import Device, Limits
 from cuflash._errors import UnsupportedError
@@ -41,6 +41,7 @@ class Candidate(Protocol):
 
 
 CANDIDATES: tuple[Candidate, ...] = (
+    _candidates_split.SplitForward(),
     _candidates.Forward(),
     _candidates_backward.Backward(),
 )

@@ -243,7 +243,9 @@ template <class Tile, int THREADS, bool VECTOR_ONLY> struct TileLoader {
 #pragma unroll
             for (int slab = 0; slab < Tile::SLABS; ++slab)
                 if (Tile::ROWS % PASS_ROWS == 0 || row + pass * PASS_ROWS < Tile::ROWS)
-                    st_shared_v4(to + pass * PASS_ROWS * Tile::ROW_BYTES + slab * Tile::SLAB_BYTES,
+                    st_shared_v4((STEADY ? to + pass * PASS_ROWS * Tile::ROW_BYTES
+                                         : smem + Tile::offset(row + pass * PASS_ROWS, column)) +
+                                     slab * Tile::SLAB_BYTES,
                                  staged[pass * Tile::SLABS + slab]);
     }
 
