@@ -63,6 +63,9 @@ def common_refusals(problem: Problem, arch: str) -> list[str]:
     for name in ("len_q", "len_k"):
         if getattr(problem, name) > MAX_EXTENT:
             reasons.append(f"{name} {getattr(problem, name)} > {MAX_EXTENT}")
+    for name in ("total_q", "total_k"):
+        if problem.packed is not None and getattr(problem.packed, name) >= 2**31:
+            reasons.append(f"{name} {getattr(problem.packed, name)} >= {2**31}")
     if problem.alibi and abs(problem.q_offset) > MAX_EXTENT:
         reasons.append(f"ALiBi with |q_offset| {abs(problem.q_offset)} > {MAX_EXTENT}")
     return reasons

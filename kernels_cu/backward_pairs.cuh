@@ -81,6 +81,13 @@ struct PairOrder {
             if (carry) index -= extent * step;
         });
     }
+    // To the last tile of keys of this tile of queries: those left have no pair to add.
+    DEV_METHOD void skip_keys() {
+        if (!(values.reduced & REDUCED_KEY)) return;
+        const int tiles = (int)min((i64)values.tiles_k - 1 - place.tile_k, left - 1);
+        place.tile_k += tiles;
+        left -= tiles;
+    }
 
   private:
     // axis(index, extent, step, summed) for every axis, fastest first; `step` is what one more of it
@@ -132,6 +139,10 @@ template <class C, class Consumer> struct PairBlock {
         for (; order.left > 0; order.advance()) {
             const PairPlace place = order.place;
             const Work work = work_at(place);
+            if (past_the_end(place)) {
+                order.skip_keys();
+                continue;
+            }
             of_batch(work, [&](const BackwardParams& p) {
                 const Mask mask(p, work, place.head);
                 if (!visible(p, mask, place)) return;
@@ -171,6 +182,14 @@ template <class C, class Consumer> struct PairBlock {
             rest /= call.shape.batch_extent[axis];
         }
         return work;
+    }
+    // Of a packed sequence shorter than the tiles reach: asked first, as its params cost far more.
+    DEV_METHOD bool past_the_end(const PairPlace& place) const {
+        if constexpr (C::PACKED) {
+            const Sequence here = packed::sequence(call.options, place.batch);
+            return rows_of(place).begin >= here.q_len || keys_of(place).begin >= here.k_len;
+        }
+        return false;
     }
     // run(p) with the params of the call, or of the sequence.
     template <class Run> DEV_METHOD void of_batch(const Work& work, Run run) const {

@@ -106,3 +106,29 @@ def test_map_of_a_block_mask_is_for_the_rows_there_are(emulator: Machine) -> Non
         bounds = {"max_seqlen_q": 160, "max_seqlen_k": 64}
         out = emulator.varlen(q, k, v, *ends, mask=mask, **bounds)
         assert out[:, :133].any(axis=-1).all() and not out[:, 133:].any()
+
+
+def test_walks_over_pairs_leave_short_sequences_at_once(emulator: Machine) -> None:
+    """Sums over all pairs of packed sequences: a bound far beyond their lengths costs one look per tile
+    of queries, not one per pair of tiles.
+    """
+    count, length = 8, 40
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (
+        rng.standard_normal((1, count * length, 64)).astype(np.float16) for _ in "qkvd"
+    )
+    ends = np.arange(count + 1) * length
+    bias, looks, grads = np.zeros((1, 1, 1), np.float32), [], []
+    for bound in (length, count * length):
+        options = {"bias": bias, "max_seqlen_q": bound, "max_seqlen_k": bound}
+        out, lse = emulator.varlen(q, k, v, ends, ends, **options, return_lse=True)
+        emulator.device.launches.clear()
+        emulator.device.count = True
+        given = dout, q, k, v, out, lse, ends, ends
+        grads.append(emulator.varlen_backward(*given, **options, wrt=("bias",)).bias)
+        emulator.device.count = False
+        (counters,) = (c for name, _, c in emulator.device.launches if "backward_bias" in name)
+        looks.append(counters.count("ld.global.v4"))
+    np.testing.assert_array_equal(*grads)
+    warps, tiles = 4, -(-count * length // 64)
+    assert looks[1] <= looks[0] + warps * count * tiles, looks
