@@ -82,8 +82,9 @@ class Backward:
         dims: tuple[int, int],
         variant: Variant,
         accumulate: bool = False,
+        permuted: bool = False,
     ) -> Specialization:
-        """One of the backward kernels; `accumulate`: dkdv also gathers dQ."""
+        """One of the backward kernels; `accumulate`: dkdv also gathers dQ, `permuted`: as Hopper's does."""
         row = f"{kernel}_accumulate" if accumulate else kernel
         if kernel in ROW_KERNELS:
             score = "linear" if variant.score == "linear" else "shaped"
@@ -92,6 +93,10 @@ class Backward:
         found = tile_of(row, arch, element, dims, options=roomy)
         assert found is not None, "refused"
         tile, shared = found
+        if kernel == "backward_convert":
+            prefix = "permuted" if permuted else ""
+            extra = {"DQ_PERMUTED": permuted}
+            return specialize(kernel, arch, element, dims, variant, tile, shared, prefix, **extra)
         if kernel != "backward_dkdv":
             return specialize(kernel, arch, element, dims, variant, tile, shared)
         prefix = "accumulate" if accumulate else ""
@@ -247,6 +252,10 @@ class _Planner:
         self.workspace("delta", self.rows)
         if kernels.convert:
             self.workspace("dq_accum", self.rows, kernels.convert.head_dim)
+        if kernels.dkdv and dict(kernels.dkdv.constants).get("TURNS"):
+            # A counter per block of backward_prepare, which resets it.
+            blocks = self.launches[0].schedule.tiles
+            self.scratch.append(Scratch("dq_turns", (self.heads, blocks), "uint32"))
         if kernels.dkdv:
             # Seen from the keys the band is mirrored: early keys are seen by most rows under a
             # right bound.

@@ -28,6 +28,7 @@ OPTIONS = ("-std=c++17", "-lineinfo")
 PARAMS = {
     "forward": "ForwardParams",
     "forward_sm90": "ForwardSm90Params",
+    "backward_sm90": "BackwardSm90Params",
     "backward_prepare": "BackwardParams",
     "backward_dkdv": "BackwardParams",
     "backward_dq": "BackwardParams",

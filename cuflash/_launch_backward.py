@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cuflash import _dtypes, _params, _plan
+from cuflash import _dtypes, _launch_maps, _params, _plan
 from cuflash._device import Device
 from cuflash._extras import Extra
 from cuflash._launch import fill_shape, is_empty, run, steps_of, vector_flags
@@ -36,7 +37,7 @@ from cuflash._views import (
 GRADIENTS = {"q": "dq", "k": "dk", "v": "dv", "alibi_slopes": "dslope"}
 # In the order of the params struct: inputs, gradients, workspace.
 INPUTS = ("q", "k", "v", "out", "dout", "lse", "dlse", "alibi_slopes")
-WORKSPACE = ("lse_log2", "delta", "dq_accum", "slope_partial")
+WORKSPACE = ("lse_log2", "delta", "dq_accum", "slope_partial", "dq_turns")
 PLAIN_POINTERS = len(INPUTS) + len(GRADIENTS) + len(WORKSPACE)
 # Workspaces are parts of one allocation, each on its own line of the cache.
 ALIGNMENT = 256
@@ -112,7 +113,9 @@ class PreparedBackward:
         self._options = OptionInputs(device, problem, arrays, extra)
         plan = _plan.plan(problem, device)
         others = self._options.found | self._gradients.bind(plan)
-        self._views = Views(problem, found | others)
+        mapped = any(launch.spec.kernel == "backward_sm90" for launch in plan.launches)
+        max_axes = _launch_maps.BATCH_AXES if mapped else _params.MAX_BATCH_AXES
+        self._views = Views(problem, found | others, max_axes)
         addresses = {name: device.pointer(array) for name, array in inputs.items()}
         addresses |= {GRADIENTS[n]: device.pointer(a) for n, a in given.items() if n in GRADIENTS}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
@@ -130,12 +133,24 @@ class PreparedBackward:
         count = len(_params.BACKWARD_POINTERS) if self._has_options else PLAIN_POINTERS
         fill = (self._options.fill_launch, self._gradients.fill_launch)
         self._steps = steps_of(plan, device, struct, count, *fill)
+        if mapped:
+            self._map_arrays(plan)
         self.is_simple = not (self._has_options or self._views.copies)
         slots = {name: slot for slot, name in enumerate(GRADIENTS)}
         self._simple_targets = [
             (name, target.new, _ARGUMENTS[name], _BUFFERS.get(name), slots[name])
             for name, target in self._targets.items()
         ]
+
+    def _map_arrays(self, plan: _plan.Plan) -> None:
+        """Hopper's kernel reads by tensor maps."""
+        for n, launch in enumerate(plan.launches):
+            if launch.spec.kernel == "backward_sm90":
+                step, blocks = self._steps[n], map(launch.spec.constant, ("BLOCK_Q", "BLOCK_K"))
+                kernel = _launch_maps.mapped_backward(
+                    self._device, step.kernel, self._problem, self._views, *blocks
+                )
+                self._steps[n] = replace(step, kernel=kernel)
 
     def _place_workspace(self, plan: _plan.Plan) -> None:
         """Byte offsets of the workspaces in one allocation; None for those not needed."""

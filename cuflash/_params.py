@@ -149,7 +149,7 @@ FORWARD_SM90 = with_maps(FORWARD, ("q", "k", "v", "out"))
 _BACKWARD_POINTERS = (
     *("q", "k", "v", "out", "dout", "lse", "dlse", "alibi_slopes"),
     *("dq", "dk", "dv", "dslopes"),
-    *("lse_log2", "delta", "dq_accum", "slope_partial"),
+    *("lse_log2", "delta", "dq_accum", "slope_partial", "dq_turns"),
 )
 _GRADIENT_POINTERS = (
     *("dbias", "dsinks_partial"),
@@ -162,6 +162,8 @@ BACKWARD = _struct(
     _GRADIENT_POINTERS,
     [("dbias_values", BIAS_GRADIENT)],
 )
+
+BACKWARD_SM90 = with_maps(BACKWARD, ("q", "k", "v", "dout"))
 
 SCORE_SUMS_POINTERS = (
     *(f"words[{n}]" for n in range(MAX_SCORE_ARRAYS)),
@@ -224,6 +226,7 @@ STRUCTS = {
     "ForwardParams": FORWARD,
     "ForwardSm90Params": FORWARD_SM90,
     "BackwardParams": BACKWARD,
+    "BackwardSm90Params": BACKWARD_SM90,
     "MergeParams": MERGE,
     "MaskTilesParams": MASK_TILES,
     "ScoreSumsParams": SCORE_SUMS,

@@ -6,7 +6,12 @@ import functools
 from collections.abc import Iterator
 from typing import Protocol
 
-from cuflash import _candidates, _candidates_backward, _candidates_split
+from cuflash import (
+    _candidates,
+    _candidates_backward,
+    _candidates_backward_sm90,
+    _candidates_split,
+)
 from cuflash._compile import Specialization
 from cuflash._device import Device, Limits
 from cuflash._errors import UnsupportedError
@@ -43,6 +48,7 @@ class Candidate(Protocol):
 CANDIDATES: tuple[Candidate, ...] = (
     _candidates_split.SplitForward(),
     _candidates.Forward(),
+    _candidates_backward_sm90.BackwardSm90(),
     _candidates_backward.Backward(),
 )
 

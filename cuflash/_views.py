@@ -107,13 +107,18 @@ TRAILING = {
 
 
 class Views:
-    """The kernel views of a call's arrays with their batch axes merged to at most four."""
+    """The kernel views of a call's arrays with their batch axes merged to at most `max_axes`."""
 
-    def __init__(self, problem: Problem, views: Mapping[str, View]):
-        self._problem = problem
+    def __init__(
+        self,
+        problem: Problem,
+        views: Mapping[str, View],
+        max_axes: int = _params.MAX_BATCH_AXES,
+    ):
+        self._problem, self._max_axes = problem, max_axes
         self.views = dict(views)
         if not self._merge():
-            # Too many unmergeable axes for the params struct: C-ordered copies merge into one.
+            # Too many unmergeable axes for the kernels: C-ordered copies merge into one.
             for name, view in views.items():
                 full = problem.batch + view.shape[len(view.shape) - TRAILING[name] :]
                 self.views[name] = contiguous_view(full)
@@ -126,7 +131,7 @@ class Views:
             for name, view in self.views.items()
         }
         self.extents, self.batch = merge_axes(self._problem.batch, steps)
-        return len(self.extents) <= _params.MAX_BATCH_AXES
+        return len(self.extents) <= self._max_axes
 
     def fill(self, struct: np.ndarray, name: str) -> None:
         """Write one array's Strides."""

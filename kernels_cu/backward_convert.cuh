@@ -22,7 +22,9 @@ template <class C> DEV void convert_rows(const BackwardParams& p) {
     for (int i = threadIdx.x; i < rows * GROUPS; i += C::WARPS * 32) {
         const int row = i / GROUPS, first = i % GROUPS * 8;
         if (first >= shape.head_dim) continue;
-        const float4* from = (const float4*)(accum + row * C::HEAD_DIM + first);
+        // Hopper's kernel permutes the columns by the row (dq_column in backward_sm90_layout.cuh).
+        const int place = C::DQ_PERMUTED ? first ^ (row & 3) << 3 : first;
+        const float4* from = (const float4*)(accum + row * C::HEAD_DIM + place);
         const float4 low = from[0], high = from[1];
         const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         u16* to = dq_gmem + row * p.dq_strides.row + first;

@@ -97,6 +97,9 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
         }
     }
     if (p.dq_accum == nullptr) return;
+    static_assert(C::BLOCK_Q == TURN_ROWS, "a block has one counter");
+    if (p.dq_turns != nullptr && threadIdx.x == 0)
+        p.dq_turns[((i64)work.batch * shape.heads + work.head) * p.schedule.tiles + work.tile] = 0;
     const int rows = min(C::BLOCK_Q, shape.len_q - row_0);
     float4* accum = (float4*)(p.dq_accum + (first + row_0) * C::HEAD_DIM);
     for (int i = threadIdx.x; i < rows * (C::HEAD_DIM / 4); i += C::WARPS * 32)

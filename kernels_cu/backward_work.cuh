@@ -30,6 +30,9 @@ template <class C> DEV i64 slope_place(const BackwardParams& p) {
     return ((i64)work.batch * p.shape.heads + work.head) * p.schedule.tiles + work.tile;
 }
 
+// Blocks that take turns in adding to dQ count them per so many rows, for which backward_prepare has one block.
+constexpr int TURN_ROWS = 32;
+
 // From a head's first row in the statistics and in dq_accum to the next head's.
 template <class C> DEV i64 statistics_stride(const BackwardParams& p) {
     if constexpr (C::PACKED) return p.values.packed.total_q;

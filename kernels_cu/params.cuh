@@ -168,6 +168,8 @@ struct BackwardParams {
     // Workspace [B, H, Lq, HEAD_DIM]; null when dq is computed by its own pass.
     float* dq_accum;
     void* slope_partial;  // workspace [B, H, q tiles]
+    // Workspace [B, H, tiles of 32 rows]: how many blocks have added to dq_accum; null where their order is free.
+    u32* dq_turns;
     OptionPointers options;
     // [splits, bias shape]: Real where there are several; else float unless FLAG_DBIAS_ELEMENT
     void* dbias;
@@ -180,6 +182,11 @@ struct BackwardParams {
     Schedule schedule;
     OptionValues values;
     BiasGradient dbias_values;
+};
+
+// Maps as in ForwardSm90Params.
+struct BackwardSm90Params : BackwardParams {
+    TensorMap q_map, k_map, v_map, dout_map;
 };
 
 // Turns exact sums into gradients of score parameters.

@@ -60,7 +60,7 @@ PLACES = {
     "sm_75": [HEAD_DIMS[d] for d in (5, 40, 64, 96, 111, 128, 160, 256)],
     # Their tiles differ from those of sm_80.
     "sm_86": [HEAD_DIMS[d] for d in (96, 128, 256)],
-    "sm_90a": [HEAD_DIMS[d] for d in (64, 128, 256)],
+    "sm_90": [HEAD_DIMS[d] for d in (64, 128, 256)],
 }
 
 
@@ -112,7 +112,7 @@ def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(case: Cas
 
 SQUARE = replace(BASE, len_q=256, len_k=256)
 COUNTED = [("sm_80", replace(SQUARE, head_dim=d)) for d in (32, 64, 96, 128, 192, 256)] + [
-    (arch, replace(SQUARE, head_dim=d)) for d in (64, 128) for arch in ("sm_75", "sm_90a")
+    (arch, replace(SQUARE, head_dim=d)) for d in (64, 128) for arch in ("sm_75", "sm_90")
 ]
 
 

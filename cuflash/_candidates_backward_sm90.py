@@ -1,0 +1,136 @@
+"""Hopper's backward: wgmma, TMA and mbarriers for dK, dV and dQ in one walk (kernels_cu/backward_sm90.cuh).
+
+What comes before and after (delta, the last rounding of dQ, gradients of slopes and sinks) are the portable
+family's kernels. dQ is gathered by bulk reductions; with `deterministic=True` blocks take turns, so that no
+second pass is needed. Whatever is refused here runs on the portable family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from cuflash._candidates import common_refusals, dim_pair, element_of, specialize
+from cuflash._candidates_backward import Backward, BackwardKernels
+from cuflash._compile import Specialization
+from cuflash._problem import Operand, Problem
+from cuflash._tuning import Tile
+from cuflash._variants import Variant, variant_of
+
+ARCH = "sm_90a"
+KERNEL = "backward_sm90"
+ELEMENTS = ("f16", "bf16")
+# Two warpgroups of 64 keys and one that feeds them. The accumulators of a warpgroup (dK and dV: 64 x head dim
+# each; S^T and dP^T: 64 x BLOCK_Q) take 192 registers per thread with either tile. 2026-11-21, chosen.
+TILES = {
+    (64, 64): Tile(128, 128, 12, stages=2),
+    (96, 96): Tile(64, 128, 12, stages=2),
+    (128, 128): Tile(64, 128, 12, stages=2),
+}
+MAX_MAP_BATCH_AXES = 2  # a tensor map has five axes; columns, rows and heads are three
+LOADED = ("q", "k", "v", "dout")
+
+
+def shared_bytes(tile: Tile, head_dim: int, accumulate: bool) -> int:
+    """Dynamic shared memory: see Layout in kernels_cu/backward_sm90_layout.cuh."""
+    columns = -(-head_dim // 64) * 64
+    keys = 2 * tile.block_k * columns * 2
+    queries = tile.stages * tile.block_q * (2 * columns * 2 + 8)
+    gathered = 2 * tile.block_k * tile.block_q * 2 + tile.block_q * head_dim * 4
+    barriers = (3 + 4 * tile.stages) * 8
+    return keys + queries + (gathered if accumulate else 0) + barriers + 1024
+
+
+class BackwardSm90(Backward):
+    """Backward on Hopper: wgmma + TMA, kernels_cu/backward_sm90*.cuh."""
+
+    name = KERNEL
+
+    def refusals(self, problem: Problem, arch: str) -> list[str]:
+        """See Candidate."""
+        if problem.direction != "backward":
+            return [f"does not compute {problem.direction}"]
+        if arch != ARCH:
+            return [f"needs {ARCH}, this is {arch}"]
+        reasons = common_refusals(problem, arch)
+        if element_of(problem, arch) not in ELEMENTS:
+            reasons.append(f"{problem.dtype} is not one of float16, bfloat16")
+        elif not reasons and dim_pair(problem.head_dim, problem.head_dim_v) not in TILES:
+            reasons.append(
+                f"head dims {problem.head_dim} and {problem.head_dim_v} are not in 33 to 128"
+            )
+        if not {"k", "v"} & set(problem.wrt):
+            reasons.append("neither the gradient of k nor of v is wanted")
+        return reasons + _refused_options(problem) + _refused_memory(problem)
+
+    def kernels(self, problem: Problem, arch: str) -> BackwardKernels:
+        """The portable family's, with this one's kernel for keys, which gathers dQ unless slopes need a pass
+        over the rows anyway.
+        """
+        dims = dim_pair(problem.head_dim, problem.head_dim_v)
+        found = super().kernels(problem, arch)
+        gathers = "q" in problem.wrt and "alibi_slopes" not in problem.wrt
+        element, variant = element_of(problem, arch), variant_of(problem).without_sinks()
+        turns = gathers and problem.deterministic
+        found = replace(found, dkdv=self.key_kernel(element, dims, variant, gathers, turns))
+        if not gathers:
+            return found
+        convert = self.specialization(
+            "backward_convert", arch, element, dims, variant, permuted=True
+        )
+        return replace(found, dq=None, convert=convert)
+
+    def key_kernel(
+        self, element: str, dims: tuple[int, int], variant: Variant, gathers: bool, turns: bool
+    ) -> Specialization:
+        """The Hopper kernel; `gathers`: dQ too, `turns`: in a fixed order."""
+        tile = TILES[dims]
+        shared = shared_bytes(tile, dims[0], gathers)
+        prefix = "turns" if turns else "accumulate" if gathers else ""
+        extra = {"ACCUMULATE_DQ": gathers, "TURNS": turns}
+        return specialize(KERNEL, ARCH, element, dims, variant, tile, shared, prefix, **extra)
+
+    def specializations(self, arch: str) -> Iterator[Specialization]:
+        """See Candidate."""
+        if arch != ARCH:
+            return
+        for element in ELEMENTS:
+            for dims in TILES:
+                for variant in (Variant("linear"), Variant("shaped")):
+                    for gathers, turns in ((True, False), (True, True), (False, False)):
+                        yield self.key_kernel(element, dims, variant, gathers, turns)
+                    yield self.specialization(
+                        "backward_convert", arch, element, dims, variant, permuted=True
+                    )
+
+
+def _refused_options(problem: Problem) -> list[str]:
+    """Options that the kernel does not have."""
+    named = {
+        "a mask": problem.mask is not None,
+        "a bias": problem.bias is not None,
+        "a score expression": bool(problem.expression),
+        "dropout": problem.dropout_p > 0,
+        "packed sequences": problem.packed is not None,
+    }
+    return [f"does not take {what}" for what, is_there in named.items() if is_there]
+
+
+def _refused_memory(problem: Problem) -> list[str]:
+    """What the copy engine cannot read."""
+    reasons = []
+    for name, operand in problem.operands:
+        if name not in LOADED:
+            continue
+        if not operand.aligned or operand.shape[-1] % 8 != 0:
+            reasons.append(f"rows of {name} are not whole pieces of 16 bytes on such boundaries")
+        elif operand.shape[-2] > 1 and operand.strides[-2] <= 0:
+            reasons.append(f"rows of {name} do not lie one behind the other")
+        elif min(operand.strides) < 0 or map_batch_axes(operand) > MAX_MAP_BATCH_AXES:
+            reasons.append(f"{name} has strides that a tensor map cannot describe")
+    return reasons
+
+
+def map_batch_axes(operand: Operand) -> int:
+    """Axes of a tensor map that an array's batch needs."""
+    return sum(stride != 0 for stride in operand.strides[:-3])

@@ -1,0 +1,412 @@
+// dK, dV and, in the same walk, dQ on Hopper: one block per key tile and key head visits the tiles of queries that
+// see it, for every query head of the group. A tile of queries takes five products of warpgroups:
+//
+//   S^T = K Q^T, dP^T = V dO^T    64 keys x queries; P^T and dS^T stay in registers, where they are A
+//   dV += P^T dO, dK += dS^T Q    64 keys x head dim, accumulated over the walk
+//   dQ = dS K                     dS^T of both warpgroups through shared memory; added to dq_accum
+//
+// Grid: batch * heads_kv * schedule.tiles blocks, schedule.tiles = ceil(len_k / BLOCK_K). p.dk or
+// p.dv may be null. C::TURNS: blocks add to a tile of dQ in the order of their ids, so that its
+// bits are the same in every run.
+#pragma once
+
+#include "backward_sm90_feed.cuh"
+
+namespace backward::sm90 {
+
+template <class C> struct Consumer {
+    using Element = typename C::Element;
+    using Mask = typename C::Mask;
+    using Score = typename C::Score;
+    using L = Layout<C>;
+    using TileK = typename L::TileK;
+    using TileV = typename L::TileV;
+    using TileQ = typename L::TileQ;
+    using TileDout = typename L::TileDout;
+    using TileDs = typename L::TileDs;
+    static_assert(C::BLOCK_K == 128, "two warpgroups own 64 keys each");
+    static constexpr int Q8 = C::BLOCK_Q / 8;
+    using Scores = Accumulator<1, Q8>;
+    // A warpgroup makes 64 rows and 64 columns of dQ: the other half of the rows or of the columns is the
+    // other one's.
+    static constexpr bool SPLIT_ROWS = C::BLOCK_Q == 128;
+    static_assert(C::BLOCK_Q * L::COLUMNS == 128 * 64 || !C::ACCUMULATE_DQ,
+                  "a tile of dQ is two halves of 64 x 64");
+
+    const BackwardSm90Params& p;
+    const L layout;
+    const int first_key;
+    Mask mask;              // of the query head at hand
+    bool repair_k = false;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
+    bool repaired = false;  // a NaN or inf of Q or dO was left out: add_back has to follow
+    Accumulator<1, C::HEAD_DIM / 8> dk;
+    Accumulator<1, C::HEAD_DIM_V / 8> dv;
+
+    DEV_METHOD Consumer(const BackwardSm90Params& params, const L& place)
+        : p(params),
+          layout(place),
+          first_key(key_work().work.tile * C::BLOCK_K),
+          mask(key_work().mask(params, 0)) {
+        dk.zero();
+        dv.zero();
+    }
+
+    // Worked out anew where it is needed: registers are scarce here.
+    DEV_METHOD KeyWork<C> key_work() const { return KeyWork<C>(p); }
+    DEV_METHOD Range keys() const { return {first_key, first_key + C::BLOCK_K}; }
+    DEV_METHOD static Range rows_of_tile(int tile) {
+        return {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
+    }
+    DEV_METHOD static int warp_key() { return fresh_thread_id() / 32 * 16; }
+    // The same in all lanes, for the compiler too.
+    DEV_METHOD static int warpgroup() {
+        return __shfl_sync(FULL_WARP, (int)(fresh_thread_id() / 128), 0);
+    }
+    // One arrival for the warp, whose lanes are all through with what they did before.
+    DEV_METHOD static void arrive(u32 barrier) {
+        __syncwarp();
+        if (fresh_thread_id() % 32 == 0) mbarrier_arrive(barrier);
+    }
+
+    DEV_METHOD void walk() {
+        const Range tiles = key_work().tiles;
+        Visit<C::STAGES> visit;
+#pragma unroll 1
+        for (int head = 0; head < p.shape.group; ++head) {
+            if constexpr (!Mask::CONTIGUOUS) mask = key_work().mask(p, head);
+            const Work work = key_work().work;
+            const Score score = make_score<C>(p, work, work.head * p.shape.group + head);
+#pragma unroll 1
+            for (int tile = mask.next_tile(tiles.begin, tiles.end); tile < tiles.end;
+                 tile = mask.next_tile(tile + 1, tiles.end)) {
+                if (visit.number == 0) {
+                    mbarrier_wait(layout.keys_full(), 0);
+                    if constexpr (C::ACCUMULATE_DQ)
+                        repair_k = named_barrier_or(CONSUMER_BARRIER, CONSUMERS, finds_bad_keys());
+                }
+                step(score, head, tile, visit);
+                visit.advance();
+            }
+        }
+    }
+
+    DEV_METHOD void step(const Score& score, int head, int tile, Visit<C::STAGES> visit) {
+        const u32 q_smem = layout.q(visit.stage()), dout_smem = layout.dout(visit.stage());
+        const int group = warpgroup();
+        Scores s, ds;
+        mbarrier_wait(layout.q_full(visit.stage()), visit.parity());
+        wgmma_fence();
+        multiply_scores<TileK, TileQ, C::HEAD_DIM>(s, layout.k() + group * 64 * TileK::ROW_BYTES,
+                                                   q_smem);
+        wgmma_commit();
+        mbarrier_wait(layout.dout_full(visit.stage()), visit.parity());
+        wgmma_fence();
+        multiply_scores<TileV, TileDout, C::HEAD_DIM_V>(
+            ds, layout.v() + group * 64 * TileV::ROW_BYTES, dout_smem);
+        wgmma_commit();
+        score_gradients(score, s, ds, head, tile, visit.stage());
+
+        const bool isolate = mask.isolates(rows_of_tile(tile), keys(), tile);
+        if (isolate || mask.cuts(rows_of_tile(tile), keys(), tile) ||
+            (tile + 1) * C::BLOCK_Q > p.shape.len_q)
+            hide(s, ds, tile);
+        if (isolate) repair(q_smem, dout_smem);
+        const RoundedOperand<Element, 1, Q8> weights(s), gradients(ds);
+
+        if constexpr (C::ACCUMULATE_DQ) put_gradients(gradients, layout.ds(visit.ds_stage()));
+        wgmma_fence();
+        multiply_gradient<TileDout>(dv, weights, dout_smem);
+        wgmma_commit();
+        Accumulator<1, 8> dq;
+        if constexpr (C::ACCUMULATE_DQ) {
+            // dS of both warpgroups is there. It also says that the other one is through with the products
+            // of the tile before, whose dS is overwritten next.
+            named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
+            wgmma_fence();
+            multiply_dq(dq, layout.ds(visit.ds_stage()), group);
+            wgmma_commit();
+        }
+        wgmma_fence();
+        multiply_gradient<TileQ>(dk, gradients, q_smem);
+        wgmma_commit();
+        if constexpr (C::ACCUMULATE_DQ) {
+            wgmma_wait<1>();
+            wgmma_pin(dq);
+            arrive(layout.dout_empty(visit.stage()));
+            put_dq(dq, group, visit);
+        }
+        wgmma_wait<0>();
+        wgmma_pin(dv);
+        wgmma_pin(dk);
+        if constexpr (!C::ACCUMULATE_DQ) arrive(layout.dout_empty(visit.stage()));
+        arrive(layout.q_empty(visit.stage()));
+        if (isolate && repair_k) restore_keys();
+    }
+
+    // scores = A B^T over the head dim; 64 rows of A from a_smem on.
+    template <class TileA, class TileB, int DIM>
+    DEV_METHOD static void multiply_scores(Scores& scores, u32 a_smem, u32 b_smem) {
+        const u64 a = k_major_descriptor(a_smem), b = k_major_descriptor(b_smem);
+#pragma unroll
+        for (int k = 0; k < DIM / 16; ++k)
+            wgmma_ss<Element, false, false>(
+                scores, moved_descriptor(a, k_major_step<TileA::SLAB_BYTES>(k)),
+                moved_descriptor(b, k_major_step<TileB::SLAB_BYTES>(k)), k > 0);
+    }
+    // gradient += scores B.
+    template <class TileB, int N8>
+    DEV_METHOD static void multiply_gradient(Accumulator<1, N8>& gradient,
+                                             const RoundedOperand<Element, 1, Q8>& scores,
+                                             u32 b_smem) {
+        const u64 b = mn_major_descriptor(b_smem, TileB::SLAB_BYTES);
+#pragma unroll
+        for (int k = 0; k < Q8 / 2; ++k)
+            wgmma_rs<Element, true>(gradient, scores.a[0][k], moved_descriptor(b, mn_major_step(k)),
+                                    1);
+    }
+    // This warpgroup's half of dS K.
+    DEV_METHOD void multiply_dq(Accumulator<1, 8>& dq, u32 ds_smem, int group) const {
+        const u64 a = mn_major_descriptor(ds_smem + (SPLIT_ROWS ? group * TileDs::SLAB_BYTES : 0),
+                                          TileDs::SLAB_BYTES);
+        const u64 b = mn_major_descriptor(layout.k() + (SPLIT_ROWS ? 0 : group * TileK::SLAB_BYTES),
+                                          TileK::SLAB_BYTES);
+#pragma unroll
+        for (int k = 0; k < C::BLOCK_K / 16; ++k)
+            wgmma_ss<Element, true, true>(dq, moved_descriptor(a, mn_major_step(k)),
+                                          moved_descriptor(b, mn_major_step(k)), k > 0);
+    }
+
+    // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the accumulator's
+    // rows, queries along its columns. Both products are in flight; the weights of a linear score are
+    // made while the second one is.
+    DEV_METHOD void score_gradients(const Score& score, Scores& s, Scores& ds, int head, int tile,
+                                    int stage) {
+        const int lane = fresh_thread_id() % 32, first_row = tile * C::BLOCK_Q;
+        const int i_0 = first_row + lane % 4 * 2, j_0 = first_key + warp_key() + lane / 4;
+        const u32 statistics = layout.lse_log2(stage) + lane % 4 * 8;
+        if constexpr (Score::FOLDED && !C::DROPOUT) {
+            wgmma_wait<1>();
+            wgmma_pin(s);
+            each_pair(statistics, [&](int n, int e, float lse_log2) {
+                s.x[0][n][e] = probability(score.at(s.x[0][n][e], 0, 0).log2, lse_log2);
+            });
+            wgmma_wait<0>();
+            wgmma_pin(ds);
+            each_pair(statistics + L::DELTA, [&](int n, int e, float delta) {
+                ds.x[0][n][e] = s.x[0][n][e] * (ds.x[0][n][e] - delta);
+            });
+        } else {
+            wgmma_wait<0>();
+            wgmma_pin(s);
+            wgmma_pin(ds);
+            const Work work = key_work().work;
+            const dropout::KeepBits<C::DROPOUT, 1, Q8, true> keep(
+                p, work, work.head * p.shape.group + head, first_row, first_key + warp_key());
+#pragma unroll
+            for (int n = 0; n < Q8; ++n) {
+                const float2 lse_log2 = ld_shared_f32x2(statistics + 32 * n);
+                const float2 delta = ld_shared_f32x2(statistics + 32 * n + L::DELTA);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const Logit<float> logit =
+                        score.at(s.x[0][n][e], i_0 + 8 * n + e % 2, j_0 + e / 2 * 8);
+                    const float weight = probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
+                    s.x[0][n][e] = keep.kept(0, n, e) ? weight : 0.f;
+                    ds.x[0][n][e] =
+                        weight *
+                        (keep.weighted(ds.x[0][n][e], 0, n, e) - (e % 2 ? delta.y : delta.x)) *
+                        logit.derivative;
+                }
+            }
+        }
+    }
+    // act(n, e, statistic of the element's query)
+    template <class Act> DEV_METHOD static void each_pair(u32 statistics, Act act) {
+#pragma unroll
+        for (int n = 0; n < Q8; ++n) {
+            const float2 pair = ld_shared_f32x2(statistics + 32 * n);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) act(n, e, e % 2 ? pair.y : pair.x);
+        }
+    }
+    DEV_METHOD static float probability(float logit_log2, float lse_log2) {
+        return backward::probability(logit_log2, lse_log2);
+    }
+
+    // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
+    DEV_METHOD void hide(Scores& s, Scores& ds, int tile) const {
+        backward::each_hidden<1, Q8, true>(
+            mask, p.shape.len_q, tile * C::BLOCK_Q, first_key + warp_key(),
+            [&](int m, int n, int e) { s.x[m][n][e] = ds.x[m][n][e] = 0.f; });
+    }
+
+    // dS^T of this warp's keys to where the products of dQ find it.
+    DEV_METHOD static void put_gradients(const RoundedOperand<Element, 1, Q8>& gradients,
+                                         u32 smem) {
+        const u32 lane = lane_major<TileDs>(smem + warp_key() * TileDs::ROW_BYTES);
+#pragma unroll
+        for (int k = 0; k < Q8 / 2; ++k)
+            stmatrix_x4(TileDs::moved(lane, 0, 16 * k), gradients.a[0][k]);
+        fence_proxy_async();
+    }
+
+    // dQ to where the other warpgroup's tile is reduced from, once the tile before has left.
+    DEV_METHOD void put_dq(const Accumulator<1, 8>& dq, int group, Visit<C::STAGES> visit) const {
+        const int lane = fresh_thread_id() % 32, first_column = SPLIT_ROWS ? 0 : group * 64;
+        const int first_row =
+            (SPLIT_ROWS ? group * 64 : 0) + fresh_thread_id() / 32 % 4 * 16 + lane / 4;
+        mbarrier_wait(layout.dq_empty(), visit.dq_parity() ^ 1);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + 8 * half;
+            const u32 to = layout.dq() + row * (C::HEAD_DIM * 4);
+#pragma unroll
+            for (int n = 0; n < 8; ++n) {
+                const int column = first_column + 8 * n + lane % 4 * 2;
+                if (C::HEAD_DIM % 64 == 0 || first_column + 8 * n < C::HEAD_DIM)
+                    st_shared_f32x2(to + 4 * dq_column(row, column), dq.x[0][n][2 * half],
+                                    dq.x[0][n][2 * half + 1]);
+            }
+        }
+        fence_proxy_async();
+        arrive(layout.dq_full());
+    }
+
+    // ---- NaN and inf of rows and keys, which only the pairs that see them may meet ----
+
+    DEV_METHOD bool finds_bad_keys() const {
+        bool found = false;
+#pragma unroll 1
+        for (unsigned i = fresh_thread_id(); i < TileK::BYTES / 16; i += CONSUMERS) {
+            const uint4 chunk = ld_shared_v4(layout.k() + i * 16);
+            const uint4 clean = Element::finite_chunk(chunk);
+            found |= clean.x != chunk.x || clean.y != chunk.y || clean.z != chunk.z ||
+                     clean.w != chunk.w;
+        }
+        return found;
+    }
+
+    // Before the products of weights and gradients with a tile some of whose pairs are hidden.
+    DEV_METHOD void repair(u32 q_smem, u32 dout_smem) {
+        // Scores come from Q, dO and K as they are: both warpgroups must have their own.
+        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
+        bool found = remove_own_non_finite<Element, TileDout, CONSUMERS>(dout_smem);
+        found |= remove_own_non_finite<Element, TileQ, CONSUMERS>(q_smem);
+        if (repair_k) remove_own_non_finite<Element, TileK, CONSUMERS>(layout.k());
+        fence_proxy_async();
+        repaired |= named_barrier_or(CONSUMER_BARRIER, CONSUMERS, found);
+    }
+
+    // After dQ: the next scores need K as it is.
+    DEV_METHOD void restore_keys() const {
+        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
+        backward::restore_tile<TileK, CONSUMERS>(k_gmem(), layout.k(), first_key);
+        fence_proxy_async();
+        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
+    }
+
+    DEV_METHOD GlobalRows<u16> k_gmem() const {
+        const Work work = key_work().work;
+        return head_rows<u16>(p.k, p.k_strides, work, work.head, p.shape.len_k, p.shape.head_dim,
+                              true);
+    }
+    // Q or dO of one query head of the group.
+    DEV_METHOD GlobalRows<u16> rows_gmem(const void* array, const Strides& strides, int columns,
+                                         int head) const {
+        const Work work = key_work().work;
+        return head_rows<u16>(array, strides, work, work.head * p.shape.group + head, p.shape.len_q,
+                              columns, true);
+    }
+
+    // act(head, tile) for every tile that was repaired.
+    template <class Act> DEV_METHOD void each_repaired(Act act) {
+        key_work().each(p, [&](int head, int tile) {
+            mask = key_work().mask(p, head);
+            if (mask.isolates(rows_of_tile(tile), keys(), tile)) act(head, tile);
+        });
+    }
+
+    // What repairs of K took out of dQ.
+    DEV_METHOD void add_back_dq() {
+        each_repaired([&](int head, int tile) {
+            const GlobalRows<u16> k = k_gmem();
+            const Work work = key_work().work;
+            const i64 first = statistics_row<C>(p, work, work.head * p.shape.group + head);
+            const int row_0 = tile * C::BLOCK_Q, rows = min(C::BLOCK_Q, p.shape.len_q - row_0);
+#pragma unroll 1
+            for (int at = fresh_thread_id(); at < rows * k.columns; at += CONSUMERS) {
+                const int row = row_0 + at / k.columns, column = at % k.columns;
+                float sum = 0.f;
+#pragma unroll 1
+                for (int key = first_key; key < min(first_key + C::BLOCK_K, k.rows); ++key) {
+                    const u16 bits = ld_global_u16(k.base + key * k.stride + column);
+                    if (!Element::is_finite_value(bits) && mask.keep(row, key))
+                        sum += Element::to_real(bits);
+                }
+                if (sum != 0.f)
+                    red_global_add_f32(
+                        p.dq_accum + (first + row) * C::HEAD_DIM + dq_column(row, column), sum);
+            }
+        });
+    }
+
+    // ---- results ----
+
+    DEV_METHOD void finish() {
+        const Shape& shape = p.shape;
+        if (C::ACCUMULATE_DQ && repair_k) add_back_dq();
+        // Gradients are staged over K and V: both warpgroups are through with all of K.
+        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
+        if (p.dv != nullptr)
+            store<TileV>(p.dv, p.dv_strides, shape.head_dim_v, FLAG_DV_VECTOR, layout.v(), dv,
+                         C::DROPOUT ? dropout::factor_of<float>(p) : 1.f, [&](int head) {
+                             return rows_gmem(p.dout, p.dout_strides, shape.head_dim_v, head);
+                         });
+        if (p.dk != nullptr)
+            store<TileK>(
+                p.dk, p.dk_strides, shape.head_dim, FLAG_DK_VECTOR, layout.k(), dk, shape.scale,
+                [&](int head) { return rows_gmem(p.q, p.q_strides, shape.head_dim, head); });
+    }
+
+    // A gradient times `factor`, by way of this warp's rows of a tile. other(head): the rows whose NaN and inf
+    // were left out of it.
+    template <class Tile, int N8, class Other>
+    DEV_METHOD void store(void* array, const Strides& strides, int columns, int flag, u32 smem,
+                          const Accumulator<1, N8>& gradient, float factor, Other other) {
+        const float factors[1][2] = {{factor, factor}};
+        accumulator_to_shared<Element, Tile>(smem, warp_key(), gradient, factors);
+        __syncwarp();
+        if (repaired)
+            each_repaired([&](int head, int tile) {
+                add_non_finite<Element, Tile, 16>(
+                    smem, warp_key(), other(head), rows_of_tile(tile), factor,
+                    [&](int r, int i) { return mask.keep(i, first_key + r); });
+            });
+        __syncwarp();
+        const Work work = key_work().work;
+        store_rows<Tile, 16, C::VECTOR_ONLY>(
+            head_rows<u16>(array, strides, work, work.head, p.shape.len_k, columns,
+                           p.shape.flags & flag),
+            smem, warp_key(), first_key);
+    }
+};
+
+}  // namespace backward::sm90
+
+template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
+    using namespace backward::sm90;
+    extern __shared__ __align__(1024) u8 shared_memory[];
+    const Layout<C> layout(shared_address(shared_memory));
+    if (threadIdx.x == 0) layout.init_barriers();
+    __syncthreads();
+    if (threadIdx.x >= CONSUMERS) {
+        setmaxnreg_dec<FEED_REGISTERS>();
+        if (warp_id() == LOAD_WARP) load_everything<C>(p, layout);
+        if (C::ACCUMULATE_DQ && warp_id() == REDUCE_WARP) reduce_everything<C>(p, layout);
+    } else {
+        setmaxnreg_inc<CONSUMER_REGISTERS>();
+        Consumer<C> consumer(p, layout);
+        consumer.walk();
+        consumer.finish();
+    }
+}

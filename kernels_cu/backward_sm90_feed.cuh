@@ -1,0 +1,127 @@
+// The warpgroup that feeds the others: warp 8 loads, warp 9 adds finished tiles of dQ to global memory. Both walk
+// the same tiles as the consumers, ahead of them and behind.
+#pragma once
+
+#include "backward_sm90_layout.cuh"
+
+namespace backward::sm90 {
+
+// Where one head begins in a tensor map's axes.
+struct MapPlace {
+    int head, outer, inner;
+
+    DEV_METHOD MapPlace(const Strides& strides, const Work& work, int head_)
+        : head(strides.head != 0 ? head_ : 0),
+          // Axes along which an array is broadcast have extent 1 in its map.
+          outer(strides.batch[MAX_BATCH_AXES - 2] != 0 ? work.batch_index[MAX_BATCH_AXES - 2] : 0),
+          inner(strides.batch[MAX_BATCH_AXES - 1] != 0 ? work.batch_index[MAX_BATCH_AXES - 1] : 0) {
+    }
+};
+
+// Rows from `row` on, slab by slab of 64 columns.
+template <class Tile> DEV void load_slabs(u32 smem, const TensorMap& map, u32 barrier, u64 policy,
+                                          int row, const MapPlace& at) {
+#pragma unroll
+    for (int slab = 0; slab < Tile::SLABS; ++slab)
+        tma_load_5d(smem + slab * Tile::SLAB_BYTES, &map, barrier, policy, slab * Tile::SLAB, row,
+                    at.head, at.inner, at.outer);
+}
+
+template <class C> DEV void load_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
+    using L = Layout<C>;
+    const KeyWork<C> keys(p);
+    const bool leads = elect_one();
+    bool is_first = true;
+    Visit<C::STAGES> visit;
+    keys.each(p, [&](int head, int tile) {
+        const Work& work = keys.work;
+        if (is_first && leads) {
+            mbarrier_arrive_expect(layout.keys_full(), L::TileK::BYTES + L::TileV::BYTES);
+            load_slabs<typename L::TileK>(layout.k(), p.k_map, layout.keys_full(), L2_EVICT_FIRST,
+                                          keys.first_key, MapPlace(p.k_strides, work, work.head));
+            load_slabs<typename L::TileV>(layout.v(), p.v_map, layout.keys_full(), L2_EVICT_FIRST,
+                                          keys.first_key, MapPlace(p.v_strides, work, work.head));
+        }
+        is_first = false;
+        const int query_head = work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
+        mbarrier_wait(layout.q_empty(visit.stage()), visit.parity() ^ 1);
+        if (leads) {
+            // Every block of the head reads these tiles.
+            const u32 barrier = layout.q_full(visit.stage());
+            mbarrier_arrive_expect(barrier, L::TileQ::BYTES);
+            load_slabs<typename L::TileQ>(layout.q(visit.stage()), p.q_map, barrier, L2_EVICT_LAST,
+                                          row, MapPlace(p.q_strides, work, query_head));
+        }
+        mbarrier_wait(layout.dout_empty(visit.stage()), visit.parity() ^ 1);
+        if (leads) {
+            const u32 barrier = layout.dout_full(visit.stage());
+            mbarrier_arrive_expect(barrier, L::TileDout::BYTES);
+            load_slabs<typename L::TileDout>(layout.dout(visit.stage()), p.dout_map, barrier,
+                                             L2_EVICT_LAST, row,
+                                             MapPlace(p.dout_strides, work, query_head));
+        }
+        // Heads begin at any multiple of 4 bytes in the statistics: too few for a bulk copy.
+        const i64 first = statistics_row<C>(p, work, query_head) + row;
+#pragma unroll
+        for (int r = lane_id(); r < C::BLOCK_Q; r += 32) {
+            // A row past the end has P = exp2(s - inf) = 0.
+            const bool exists = row + r < p.shape.len_q;
+            const u32 to = layout.lse_log2(visit.stage()) + 4 * r;
+            st_shared_f32(to, exists ? ld_global_f32((const float*)p.lse_log2 + first + r)
+                                     : positive_infinity());
+            st_shared_f32(to + L::DELTA,
+                          exists ? ld_global_f32((const float*)p.delta + first + r) : 0.f);
+        }
+        __syncwarp();
+        if (leads) mbarrier_arrive(layout.q_full(visit.stage()));
+        visit.advance();
+    });
+}
+
+// Which of the blocks that add to a tile of dQ is this one, in the order of their ids? Those before it
+// started before it, so that waiting for them ends. Only under a band are they known without asking.
+template <class C> DEV u32 turn_of(const BackwardParams& p, const KeyWork<C>& keys,
+                                   const typename C::Mask& mask, int tile) {
+    const Range seen = mask.keys({tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q});
+    return p.schedule.longest_last ? (seen.end - 1) / C::BLOCK_K - keys.work.tile
+                                   : keys.work.tile - seen.begin / C::BLOCK_K;
+}
+
+// dq_accum += the tiles of dQ that the consumers leave in shared memory.
+template <class C>
+DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
+    const KeyWork<C> keys(p);
+    if (!elect_one()) return;
+    Visit<C::STAGES> visit;
+    keys.each(p, [&](int head, int tile) {
+        const int query_head = keys.work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
+        const i64 first = statistics_row<C>(p, keys.work, query_head);
+        const int rows = min(C::BLOCK_Q, p.shape.len_q - row);
+        mbarrier_wait(layout.dq_full(), visit.dq_parity());
+        visit.advance();
+        u32* counter = nullptr;
+        u32 turn = 0;
+        if constexpr (C::TURNS) {
+            const int counters = (p.shape.len_q - 1) / TURN_ROWS + 1;
+            const i64 flat_head = (i64)keys.work.batch * p.shape.heads + query_head;
+            counter = p.dq_turns + flat_head * counters + row / TURN_ROWS;
+            turn = turn_of<C>(p, keys, keys.mask(p, head), tile);
+            while (ld_acquire_global(counter) != turn) {
+            }
+            fence_proxy_async_global();
+        }
+        bulk_reduce_add_f32(p.dq_accum + (first + row) * C::HEAD_DIM, layout.dq(),
+                            rows * C::HEAD_DIM * 4);
+        bulk_commit();
+        bulk_wait_read<0>();
+        mbarrier_arrive(layout.dq_empty());
+        if constexpr (C::TURNS) {
+            bulk_wait<0>();
+            fence_proxy_async_global();
+            st_release_global(counter, turn + 1);
+        }
+    });
+    bulk_wait<0>();
+}
+
+}  // namespace backward::sm90

@@ -1,0 +1,135 @@
+// Backward on Hopper: where everything lies in shared memory, and which tiles of queries a block visits.
+//
+// Two consumer warpgroups own 64 keys each, the third warpgroup feeds them (backward_sm90_feed.cuh):
+//
+//          tile                     written by           read by                      handed over by
+//   k, v   keys x head dim          TMA, once            wgmma                        keys_full
+//   q      queries x head dim       TMA, STAGES buffers  wgmma                        q_full, q_empty
+//   dout   queries x head dim       TMA, STAGES buffers  wgmma                        dout_full, dout_empty
+//   lse_log2, delta  queries        warp 8               consumers                    q_full, q_empty
+//   ds     keys x queries, 2        consumers            wgmma of both warpgroups     a named barrier
+//   dq     queries x head dim, f32  consumers            bulk reduction by warp 9     dq_full, dq_empty
+#pragma once
+
+#include "backward_accumulate.cuh"
+#include "ptx_sm90_backward.cuh"
+#include "ptx_sm90_wgmma.cuh"
+
+namespace backward::sm90 {
+
+constexpr int CONSUMERS = 256, CONSUMER_WARPS = CONSUMERS / 32;
+constexpr int LOAD_WARP = CONSUMER_WARPS, REDUCE_WARP = CONSUMER_WARPS + 1;
+// Registers per thread: (24 + 2 * 240) * 128 is what 384 threads of 168 have.
+constexpr int FEED_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int CONSUMER_BARRIER = 1;  // a named barrier of all consumers
+
+template <class C> struct Layout {
+    // TMA fills slabs of 64 columns; those past the head dim with zeros.
+    static constexpr int COLUMNS = (C::HEAD_DIM + 63) / 64 * 64;
+    static constexpr int COLUMNS_V = (C::HEAD_DIM_V + 63) / 64 * 64;
+    using TileK = SharedTile<C::BLOCK_K, COLUMNS>;
+    using TileV = SharedTile<C::BLOCK_K, COLUMNS_V>;
+    using TileQ = SharedTile<C::BLOCK_Q, COLUMNS>;
+    using TileDout = SharedTile<C::BLOCK_Q, COLUMNS_V>;
+    using TileDs = SharedTile<C::BLOCK_K, C::BLOCK_Q>;  // dS^T
+
+    static constexpr int DS_STAGES = C::ACCUMULATE_DQ ? 2 : 0;
+    static constexpr int DQ_BYTES = C::ACCUMULATE_DQ ? C::BLOCK_Q * C::HEAD_DIM * 4 : 0;
+    static constexpr int STATISTICS_BYTES = C::BLOCK_Q * 2 * 4;
+    static constexpr int V = TileK::BYTES, Q = V + TileV::BYTES;
+    static constexpr int DOUT = Q + C::STAGES * TileQ::BYTES;
+    static constexpr int DS = DOUT + C::STAGES * TileDout::BYTES;
+    static constexpr int DQ = DS + DS_STAGES * TileDs::BYTES;
+    static constexpr int STATISTICS = DQ + DQ_BYTES;
+    static constexpr int BARRIERS = STATISTICS + C::STAGES * STATISTICS_BYTES;
+    static constexpr int ALIGNMENT = 1024;  // of slabs; dynamic shared memory begins anywhere
+    static constexpr int BYTES = BARRIERS + (3 + 4 * C::STAGES) * 8 + ALIGNMENT;
+    static_assert(BYTES == C::SHARED_BYTES,
+                  "_candidates_backward_sm90.shared_bytes disagrees with the layout");
+
+    u32 base;
+    DEV_METHOD explicit Layout(u32 smem) : base((smem + ALIGNMENT - 1) & ~(ALIGNMENT - 1)) {}
+    DEV_METHOD u32 k() const { return base; }
+    DEV_METHOD u32 v() const { return base + V; }
+    DEV_METHOD u32 q(int stage) const { return base + Q + stage * TileQ::BYTES; }
+    DEV_METHOD u32 dout(int stage) const { return base + DOUT + stage * TileDout::BYTES; }
+    DEV_METHOD u32 ds(int stage) const { return base + DS + stage * TileDs::BYTES; }
+    DEV_METHOD u32 dq() const { return base + DQ; }
+    DEV_METHOD u32 lse_log2(int stage) const {
+        return base + STATISTICS + stage * STATISTICS_BYTES;
+    }
+    static constexpr int DELTA = C::BLOCK_Q * 4;  // delta lies this far behind lse_log2
+
+    DEV_METHOD u32 barrier(int n) const { return base + BARRIERS + 8 * n; }
+    DEV_METHOD u32 keys_full() const { return barrier(0); }
+    DEV_METHOD u32 dq_full() const { return barrier(1); }
+    DEV_METHOD u32 dq_empty() const { return barrier(2); }
+    DEV_METHOD u32 q_full(int stage) const { return barrier(3 + stage); }
+    DEV_METHOD u32 q_empty(int stage) const { return barrier(3 + C::STAGES + stage); }
+    DEV_METHOD u32 dout_full(int stage) const { return barrier(3 + 2 * C::STAGES + stage); }
+    DEV_METHOD u32 dout_empty(int stage) const { return barrier(3 + 3 * C::STAGES + stage); }
+
+    // One thread, before a block barrier.
+    DEV_METHOD void init_barriers() const {
+        mbarrier_init(keys_full(), 1);
+        mbarrier_init(dq_full(), CONSUMER_WARPS);
+        mbarrier_init(dq_empty(), 1);
+#pragma unroll
+        for (int stage = 0; stage < C::STAGES; ++stage) {
+            mbarrier_init(q_full(stage), 2);  // the bytes of Q, and who stored the statistics
+            mbarrier_init(q_empty(stage), CONSUMER_WARPS);
+            mbarrier_init(dout_full(stage), 1);
+            mbarrier_init(dout_empty(stage), CONSUMER_WARPS);
+        }
+        fence_mbarrier_init();
+    }
+};
+
+// The n-th tile of queries that a block visits: its buffers, and the parity of their barriers in this lap. There
+// are two tiles of dS and one of dQ whatever STAGES is.
+template <int STAGES> struct Visit {
+    u32 number = 0;
+    DEV_METHOD int stage() const { return number % STAGES; }
+    DEV_METHOD u32 parity() const { return number / STAGES % 2; }
+    DEV_METHOD int ds_stage() const { return number % 2; }
+    DEV_METHOD u32 dq_parity() const { return number % 2; }
+    DEV_METHOD void advance() { ++number; }
+};
+
+// dQ in its workspace, and in shared memory on the way there: rows of HEAD_DIM floats whose 16-byte
+// chunks are permuted by the row, so that the accumulators of a warp, eight rows at one column, reach all
+// 32 banks, while a tile is still one piece of memory, which one reduction moves. backward_convert
+// undoes it (C::DQ_PERMUTED).
+DEV int dq_column(int row, int column) { return column ^ (row & 3) << 3; }
+
+// The block's key tile, and the tiles of queries that see it: for every query head of the group.
+template <class C> struct KeyWork {
+    using Mask = typename C::Mask;
+    Work work;
+    int first_key;
+    Range tiles;
+
+    DEV_METHOD explicit KeyWork(const BackwardParams& p)
+        : work(decode<C>(p, p.shape.heads_kv)), first_key(work.tile * C::BLOCK_K) {
+        const Range rows = mask(p, 0).rows(keys());
+        tiles = rows.empty() ? Range{0, 0}
+                             : Range{rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
+    }
+    DEV_METHOD Range keys() const { return {first_key, first_key + C::BLOCK_K}; }
+    DEV_METHOD Mask mask(const BackwardParams& p, int head) const {
+        return Mask(p, work, work.head * p.shape.group + head);
+    }
+    // visit(head, tile) for each.
+    template <class Visit> DEV_METHOD void each(const BackwardParams& p, Visit visit) const {
+#pragma unroll 1
+        for (int head = 0; head < p.shape.group; ++head) {
+            const Mask seen = mask(p, head);
+#pragma unroll 1
+            for (int tile = seen.next_tile(tiles.begin, tiles.end); tile < tiles.end;
+                 tile = seen.next_tile(tile + 1, tiles.end))
+                visit(head, tile);
+        }
+    }
+};
+
+}  // namespace backward::sm90
