@@ -32,7 +32,8 @@ def merge(
 
     Returns
     -------
-    out, lse as from `forward`. A part with lse = -inf saw no key and has no say, whatever it holds.
+    out, lse as from `forward`. A part with lse = -inf saw no key and has no say, whatever it holds;
+    parts with lse = inf (an infinite sink) have all of it.
     """
     first = outs[0]
     dtype = accumulator(first.dtype)
@@ -41,10 +42,13 @@ def merge(
         lse = lses[0].astype(np.float64)
         for part in lses[1:]:
             lse = np.logaddexp(lse, part.astype(np.float64))
+        infinite = sum(np.isposinf(part) for part in lses)
+        shift = np.where(np.isinf(lse), 0, lse)
         total = np.zeros(first.shape, dtype=dtype)
         for part, part_lse in zip(outs, lses, strict=True):
             seen = ~np.isneginf(part_lse)
-            weight = np.exp(part_lse.astype(np.float64) - np.where(np.isneginf(lse), 0, lse))
+            weight = np.exp(part_lse.astype(np.float64) - shift)
+            weight = np.where(infinite, np.isposinf(part_lse) / np.maximum(infinite, 1), weight)
             term = part * weight[..., None].astype(dtype)
             np.add(total, term, out=total, where=seen[..., None])
         if out is None:

@@ -199,8 +199,14 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         lines += ["CPU backend (NumPy)", *_cpu(problem)]
         return Explanation(problem, "CPU backend (NumPy)", {}, None, "\n".join(lines))
     from cuflash import _plan
+    from cuflash._fold import folded
     from cuflash._side_kernels import side_kernels
 
+    asked, problem = problem, folded(problem)
+    if problem is not asked:
+        lines.append(
+            f"  the {problem.len_q} query heads of a head of k and v are taken for its rows"
+        )
     name = f"{device.name} ({device.arch})"
     reasons = _plan.refusals(problem, device.arch)
     lines.append(name)
@@ -218,7 +224,7 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         lines += _slow(problem, device.arch)
     else:
         lines += _plan.describe_refusals(problem, device.arch).splitlines()[-1:]
-    return Explanation(problem, name, reasons, plan, "\n".join(lines))
+    return Explanation(asked, name, reasons, plan, "\n".join(lines))
 
 
 def _is_empty(problem: Problem) -> bool:

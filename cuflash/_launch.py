@@ -21,6 +21,7 @@ import numpy as np
 from cuflash import _dtypes, _params, _plan
 from cuflash._device import Device
 from cuflash._extras import Extra
+from cuflash._fold import folded, folded_views
 from cuflash._launch_options import FAR, OptionInputs
 from cuflash._launch_parts import PartsMerge
 from cuflash._problem import Problem
@@ -163,7 +164,7 @@ class PreparedForward:
         self._empty = is_empty(problem)
         if self._empty:
             return
-        plan = _plan.plan(problem, device)  # first, as it refuses what the struct cannot hold
+        _plan.plan(problem, device)  # first, as it refuses what the struct cannot hold
         slopes = arrays.get("alibi_slopes")
         given = {"q": arrays["q"], "k": arrays["k"], "v": arrays["v"], "out": out, "slope": slopes}
         given = {name: array for name, array in given.items() if array is not None}
@@ -172,6 +173,9 @@ class PreparedForward:
             found["out"] = result_view(self._new_out.view)
         self._options = OptionInputs(device, problem, arrays, extra)
         self._views = Views(problem, found | self._options.found)
+        if not self._views.copies and (rows := folded(problem)) is not problem:
+            problem, self._views = rows, Views(rows, folded_views(found, rows.len_q))
+        plan = _plan.plan(problem, device)
         addresses = {name: device.pointer(array) for name, array in given.items()}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
         flags |= self._options.flags

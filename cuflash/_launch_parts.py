@@ -12,7 +12,6 @@ from cuflash._plan_values import Plan
 from cuflash._problem import Problem
 from cuflash._views import Views
 
-_FLOAT = np.dtype(np.float32)
 # Places of out and lse among the pointers of a forward launch.
 OUT, LSE = 3, 4
 
@@ -24,11 +23,13 @@ class PartsMerge:
         self._device = device
         self._launch = plan.launches[1]
         self._kernel = device.load(self._launch.spec)
-        self._parts, self._rows, columns = plan.scratch[0].shape
-        self._part_bytes = _FLOAT.itemsize * self._rows * columns
-        self._floats = self._parts * self._rows * (columns + 1)
+        self._dtype = np.dtype(plan.scratch[0].dtype)
+        self._parts, rows, columns = plan.scratch[0].shape
+        self._row_bytes = self._dtype.itemsize * rows
+        self._part_bytes = self._row_bytes * columns
+        self._size = self._parts * rows * (columns + 1)
         struct = np.zeros((), _params.MERGE)
-        struct["rows"], struct["parts"], struct["head_dim_v"] = self._rows, self._parts, columns
+        struct["rows"], struct["parts"], struct["head_dim_v"] = rows, self._parts, columns
         views.fill(struct["out_strides"], "out")
         struct["batch_extent"] = views.batch_extent
         struct["heads"], struct["len_q"] = problem.heads, problem.len_q
@@ -37,9 +38,9 @@ class PartsMerge:
 
     def __call__(self, first: Callable[[Sequence[int]], None], pointers: Sequence[int]) -> None:
         """Queue `first`, which writes parts, and their merge into the call's own out and lse."""
-        count, part, row = self._parts, self._part_bytes, _FLOAT.itemsize * self._rows
+        count, part, row = self._parts, self._part_bytes, self._row_bytes
         # Alive until both are queued; then the pool hands it out again in the order of the stream.
-        workspace = self._device.empty((self._floats,), _FLOAT)
+        workspace = self._device.empty((self._size,), self._dtype)
         out_at = self._device.pointer(workspace)
         lse_at = out_at + count * part
         first((*pointers[:OUT], out_at, lse_at, *pointers[LSE + 1 :]))

@@ -45,9 +45,10 @@ template <class C> __device__ void merge(const MergeParams& p) {
     const Real minus_inf = neg_infinity();
     const Real part_lse = lane < p.parts ? ((const Real*)p.lses[lane])[row] : minus_inf;
     const Real top = merge_detail::warp_max(part_lse);
-    // All parts empty: (-inf) - (-inf) would be NaN.
-    const Real shift = top == minus_inf ? Real(0) : top;
-    Real weight = exp(part_lse - shift);
+    // All parts empty, or infinite sinks in some: the difference of equal infinities would be NaN.
+    const bool empty = top == minus_inf;
+    const Real shift = empty ? Real(0) : top;
+    Real weight = part_lse == top && !empty ? Real(1) : exp(part_lse - shift);
     const u32 without_keys = __ballot_sync(FULL_WARP, part_lse == minus_inf);
     const Real total = merge_detail::warp_sum(weight);
     weight = total == 0 ? Real(0) : weight / total;
