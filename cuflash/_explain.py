@@ -328,6 +328,8 @@ def _launches(plan: Any) -> Iterator[str]:
         yield f"  launch {spec.name}"
         words = [f"grid {launch.grid}", f"block {launch.block}"]
         words.append(f"shared memory {launch.shared_memory} bytes")
+        if launch.schedule.splits > 1:
+            words.append(f"keys in {launch.schedule.splits} parts")
         registers, path = _binary(spec)
         words.append("not compiled yet" if registers is None else f"{registers} registers")
         yield "    " + ", ".join(words)
