@@ -29,14 +29,19 @@ def has_another(device: Any) -> bool:
 
 
 @contextlib.contextmanager
-def portable() -> Iterator[None]:
-    """CuPy arrays in calls of cuflash inside of this block run on the portable family."""
+def seen_as(view: Callable[[Any], Any]) -> Iterator[None]:
+    """CuPy arrays in calls of cuflash inside of this block run on `view(device)`."""
     from cuflash import _cupy_device
 
     names = vars(_cupy_device)
     of: Callable[[Any], Any] = names["device_of"]
-    names["device_of"] = lambda array: portable_of(of(array))
+    names["device_of"] = lambda array: view(of(array))
     try:
         yield
     finally:
         names["device_of"] = of
+
+
+def portable() -> contextlib.AbstractContextManager[None]:
+    """CuPy arrays in calls of cuflash inside of this block run on the portable family."""
+    return seen_as(portable_of)
