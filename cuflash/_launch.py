@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _dtypes, _params, _plan
-from cuflash._device import Device
+from cuflash import _dtypes, _launch_maps, _params, _plan
+from cuflash._device import Device, Kernel
 from cuflash._extras import Extra
 from cuflash._fold import folded, folded_views
 from cuflash._launch_options import FAR, OptionInputs
@@ -85,7 +85,7 @@ def vector_flags(views: Views, itemsize: int, addresses: Mapping[str, int]) -> i
 class Step:
     """One launch, ready but for its pointers."""
 
-    kernel: Callable[[int, int, int, bytes], None]
+    kernel: Kernel
     grid: int
     block: int
     shared_memory: int
@@ -172,9 +172,10 @@ class PreparedForward:
         if out is None:
             found["out"] = result_view(self._new_out.view)
         self._options = OptionInputs(device, problem, arrays, extra)
-        self._views = Views(problem, found | self._options.found)
+        max_axes = _launch_maps.most_batch_axes(_plan.plan(problem, device))
+        self._views = Views(problem, found | self._options.found, max_axes)
         if not self._views.copies and (rows := folded(problem)) is not problem:
-            problem, self._views = rows, Views(rows, folded_views(found, rows.len_q))
+            problem, self._views = rows, Views(rows, folded_views(found, rows.len_q), max_axes)
         plan = _plan.plan(problem, device)
         addresses = {name: device.pointer(array) for name, array in given.items()}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
@@ -192,6 +193,11 @@ class PreparedForward:
         # Where keys are shared out, the last launch is the merge of the parts.
         walks = replace(plan, launches=plan.launches[:1])
         self._steps = steps_of(walks, device, struct, count, self._options.fill_launch)
+        spec = plan.launches[0].spec
+        if spec.kernel == "forward_sm90":
+            (step,) = self._steps
+            kernel = _launch_maps.mapped_forward(device, step.kernel, problem, self._views, spec)
+            self._steps = [replace(step, kernel=kernel)]
 
     def __call__(
         self,

@@ -5,14 +5,22 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from cuflash._compile import Specialization
 from cuflash._device import Device, Kernel
-from cuflash._params import BACKWARD_SM90
+from cuflash._params import BACKWARD_SM90, FORWARD_SM90, MAX_BATCH_AXES
+from cuflash._plan_values import Plan
 from cuflash._problem import Problem
 from cuflash._tensor_maps import BYTES, Layout
 from cuflash._views import Views
 
 SLAB_COLUMNS = 64  # 128 bytes: a row of the swizzle
 BATCH_AXES = 2  # of a map, beside columns, rows and heads
+
+
+def most_batch_axes(plan: Plan) -> int:
+    """Batch axes that kernels of a Plan can step along."""
+    mapped = any(launch.spec.kernel.endswith("_sm90") for launch in plan.launches)
+    return BATCH_AXES if mapped else MAX_BATCH_AXES
 
 
 def layout_of(problem: Problem, views: Views, name: str, rows: int) -> Layout:
@@ -22,6 +30,7 @@ def layout_of(problem: Problem, views: Views, name: str, rows: int) -> Layout:
     coordinate is always 0.
     """
     view, itemsize = views.views[name], 2
+    assert len(views.extents) <= BATCH_AXES, "planned for arrays with fewer"
     extents = [1] * BATCH_AXES + views.extents
     steps = [0] * BATCH_AXES + views.batch[name]
     outer = zip(
@@ -74,3 +83,13 @@ def mapped_backward(
     rows = {"q": (0, block_q), "k": (1, block_k), "v": (2, block_k), "dout": (4, block_q)}
     maps = [(place, layout_of(problem, views, n, count)) for n, (place, count) in rows.items()]
     return MappedKernel(device, kernel, BACKWARD_SM90.itemsize, maps)
+
+
+def mapped_forward(
+    device: Device, kernel: Kernel, problem: Problem, views: Views, spec: Specialization
+) -> MappedKernel:
+    """forward_sm90 with its four maps; places as in ForwardParams. A warpgroup stores its 64 rows."""
+    block_q, block_k = spec.constant("BLOCK_Q"), spec.constant("BLOCK_K")
+    rows = {"q": (0, block_q), "k": (1, block_k), "v": (2, block_k), "out": (3, 64)}
+    maps = [(place, layout_of(problem, views, n, count)) for n, (place, count) in rows.items()]
+    return MappedKernel(device, kernel, FORWARD_SM90.itemsize, maps)

@@ -10,6 +10,7 @@ from cuflash import (
     _candidates,
     _candidates_backward,
     _candidates_backward_sm90,
+    _candidates_sm90,
     _candidates_split,
 )
 from cuflash._compile import Specialization
@@ -47,6 +48,7 @@ class Candidate(Protocol):
 
 CANDIDATES: tuple[Candidate, ...] = (
     _candidates_split.SplitForward(),
+    _candidates_sm90.ForwardSm90(),
     _candidates.Forward(),
     _candidates_backward_sm90.BackwardSm90(),
     _candidates_backward.Backward(),

@@ -102,14 +102,14 @@ template <class Element, int N> struct Wgmma;
     template <> struct Wgmma<ELEMENT, N> {                                                       \
         template <bool A_MN_MAJOR, bool B_MN_MAJOR>                                              \
         DEV void ss(float (&d)[N / 8][4], u64 a, u64 b, int accumulate) {                        \
-            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" #i2 ", 0; " OPCODE " {" D_##N       \
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" #i2 ", 0; " OPCODE " {" D_##N        \
                          "}, %" #i0 ", %" #i1 ", p, 1, 1, %" #i3 ", %" #i4 "; }"                 \
                          : OUT_##N                                                               \
                          : "l"(a), "l"(b), "r"(accumulate), "n"(A_MN_MAJOR), "n"(B_MN_MAJOR));   \
         }                                                                                        \
         template <bool B_MN_MAJOR>                                                               \
         DEV void rs(float (&d)[N / 8][4], const u32 (&a)[4], u64 b, int accumulate) {            \
-            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" #i5 ", 0; " OPCODE " {" D_##N       \
+            asm volatile("{ .reg .pred p; setp.ne.u32 p, %" #i5 ", 0; " OPCODE " {" D_##N        \
                          "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 \
                          "; }"                                                                   \
                          : OUT_##N                                                               \

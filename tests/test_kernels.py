@@ -58,7 +58,7 @@ BFLOAT16 = [replace(c, dtype="bfloat16") for c in [*HEAD_DIMS.values(), VALUE_DI
 PLACES = {
     "sm_80": FLOAT16 + BFLOAT16,
     "sm_75": [HEAD_DIMS[d] for d in (5, 40, 64, 96, 111, 128, 160, 256)],
-    # Their tiles differ from those of sm_80.
+    # Their tiles differ from those of sm_80. sm_90a has a family of its own; sm_90 runs this one.
     "sm_86": [HEAD_DIMS[d] for d in (96, 128, 256)],
     "sm_90": [HEAD_DIMS[d] for d in (64, 128, 256)],
 }

@@ -37,7 +37,7 @@ PLACES = {
         replace(KINDS[1], head_dim=128, len_q=65, len_k=130, causal=True),
     ],
     "sm_75": [KINDS[1], KINDS[2]],
-    "sm_90a": [KINDS[1], KINDS[4]],
+    "sm_90": [KINDS[1], KINDS[4]],
 }
 
 

@@ -75,10 +75,10 @@ def test_a_cache_is_filled_for_another_machine(
     monkeypatch.setattr(_compile, "_built", {})
     shape = (1, 1, 16, 32)
     done = cuflash.warmup([(shape, shape, shape)], backward=False, arch="sm_90a")
-    assert [name for name, _ in done.kernels] == ["forward_f16_d32_linear"]
-    assert len(list(tmp_path.glob("forward_f16_d32_linear-*.cubin"))) == 1
+    assert [name for name, _ in done.kernels] == ["forward_sm90_f16_d64_linear"]
+    assert len(list(tmp_path.glob("forward_sm90_f16_d64_linear-*.cubin"))) == 1
     assert str(done).startswith("1 kernel for sm_90a ready in ")
-    assert "forward_f16_d32_linear" in capsys.readouterr().err  # the progress bar
+    assert "forward_sm90_f16_d64_linear" in capsys.readouterr().err  # the progress bar
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

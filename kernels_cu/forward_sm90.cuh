@@ -1,0 +1,146 @@
+// Attention forward for sm_90a: one warp copies tiles by TMA, two or three warpgroups of 64 query rows
+// multiply them with wgmma. Blocks stay and take tile after tile of queries.
+//
+// A warpgroup's step over key tiles, with S the scores and P their weights:
+//     S' = Q K'^T       of the next tile, issued first
+//     O += P V          of this one, P from registers
+//     P' = softmax(S')  when S' is there; P V and the other warpgroups' products run meanwhile
+// Named barriers let warpgroups issue their products in turns, so that one's softmax falls under the
+// other's products.
+#pragma once
+
+#include "forward.cuh"
+#include "sm90_ring.cuh"
+
+template <class C> struct ForwardSm90Layout {
+    using QTile = SlabTile<C::BLOCK_Q, C::HEAD_DIM>;
+    using KTile = SlabTile<C::BLOCK_K, C::HEAD_DIM>;
+    using VTile = SlabTile<C::BLOCK_K, C::HEAD_DIM_V>;
+    using OutTile = SlabTile<C::BLOCK_Q, C::HEAD_DIM_V>;
+    using QRing = Ring<QTile, 1>;
+    using KRing = Ring<KTile, C::STAGES>;
+    using VRing = Ring<VTile, C::STAGES>;
+    static constexpr int GROUPS = C::WARPS / 4 - 1;  // that multiply; the last one copies
+    static constexpr int CONSUMERS = GROUPS * WARPGROUP;
+    // Output is staged where Q was, or beside: then the next Q can come during the last steps.
+    static constexpr int Q = 0, K = QTile::BYTES, V = K + KRing::BYTES;
+    static constexpr int OUT = C::OUT_APART ? V + VRing::BYTES : Q;
+    static constexpr int BARRIERS = C::OUT_APART ? OUT + OutTile::BYTES : V + VRing::BYTES;
+    static constexpr int BYTES = BARRIERS + QRing::BARRIER_BYTES + KRing::BARRIER_BYTES +
+                                 VRing::BARRIER_BYTES + 1024;  // up to the first multiple of 1024
+    static_assert(BYTES == C::SHARED_BYTES,
+                  "forward_shared_bytes in _tuning_sm90.py computes the same sum");
+    static_assert(C::BLOCK_Q == GROUPS * 64, "a warpgroup has 64 rows");
+    static_assert(OutTile::SLABS <= QTile::SLABS || C::OUT_APART, "the output fits where Q was");
+
+    QRing q;
+    KRing k;
+    VRing v;
+    u32 out;
+
+    DEV_METHOD explicit ForwardSm90Layout(u32 smem)
+        : q{smem + Q, smem + BARRIERS},
+          k{smem + K, q.barriers + QRing::BARRIER_BYTES},
+          v{smem + V, k.barriers + KRing::BARRIER_BYTES},
+          out(smem + OUT) {}
+};
+
+// Named barriers.
+constexpr int BARRIER_TURN = 1, BARRIER_GROUP = 4, BARRIER_VOTE = 7;  // the first two: + group
+
+// Calls step(p, work, number of the tile of queries among those of this block) for every piece of work
+// of this block. p: the call's params, or those of the sequence.
+template <class C, class Step> DEV void each_work(const ForwardSm90Params& p, Step step) {
+    const unsigned count =
+        (unsigned)p.schedule.tiles * p.shape.heads * (C::PACKED ? 1 : p.shape.batch);
+    unsigned n = 0;
+    for (unsigned turn = 0; turn * gridDim.x < count; ++turn) {
+        const unsigned number = work_number(turn, fresh_block_id(), gridDim.x);
+        if (number >= count) continue;
+        const Work work = decode<C>(p, p.shape.heads, number);
+        if constexpr (C::PACKED) {
+            if (work.batch < 0) continue;
+            ForwardParams own = p;
+            packed::enter<C>(own, work);
+            step(own, work, n++);
+        } else {
+            step((const ForwardParams&)p, work, n++);
+        }
+    }
+}
+
+// First row of a sequence in the packed arrays; the maps know the whole arrays.
+struct FirstRows {
+    int q, k;
+};
+template <class C> DEV FirstRows first_rows(const ForwardParams& p, const Work& work) {
+    if constexpr (!C::PACKED) return {0, 0};
+    const Sequence here = packed::sequence(p.options, work.batch);
+    return {here.q_start, here.k_start};
+}
+
+// The copying thread. K comes a tile ahead of V, as it is used.
+template <class C> DEV void copy_tiles(const ForwardSm90Params& params, u32 smem) {
+    using L = ForwardSm90Layout<C>;
+    const L l(smem);
+    unsigned k_count = 0, v_count = 0;
+    each_work<C>(params, [&](const ForwardParams& p, const Work& work, unsigned n) {
+        const int first_row = work.tile * C::BLOCK_Q, head_kv = work.head / p.shape.group;
+        const MapPlace q_place(p.q_strides, work, work.head);
+        const MapPlace k_place(p.k_strides, work, head_kv), v_place(p.v_strides, work, head_kv);
+        const FirstRows first = first_rows<C>(p, work);
+        const typename C::Mask mask(p, work, work.head);
+        const Range tiles = key_tiles<C>(mask, {first_row, first_row + C::BLOCK_Q});
+        const auto load_k = [&](int tile) {
+            l.k.open(k_count);
+            k_place.template load<typename L::KTile>(l.k.tile(k_count), &params.k_map,
+                                                     l.k.full(k_count), L2_EVICT_LAST,
+                                                     first.k + tile * C::BLOCK_K);
+            ++k_count;
+        };
+        if (tiles.begin < tiles.end) load_k(tiles.begin);
+        // After the first K, which does not have to wait for the block's output.
+        l.q.open(n);
+        q_place.template load<typename L::QTile>(l.q.tile(n), &params.q_map, l.q.full(n),
+                                                 L2_EVICT_FIRST, first.q + first_row);
+        for (int tile = tiles.begin, next; tile < tiles.end; tile = next) {
+            next = mask.next_tile(tile + 1, tiles.end);
+            if (next < tiles.end) load_k(next);
+            l.v.open(v_count);
+            v_place.template load<typename L::VTile>(l.v.tile(v_count), &params.v_map,
+                                                     l.v.full(v_count), L2_EVICT_LAST,
+                                                     first.k + tile * C::BLOCK_K);
+            ++v_count;
+        }
+    });
+}
+
+#include "forward_sm90_consumer.cuh"
+
+template <class C> DEV void forward_sm90(const ForwardSm90Params& p) {
+    using L = ForwardSm90Layout<C>;
+    extern __shared__ __align__(1024) u8 shared_memory[];
+    const u32 smem = aligned_shared_memory(shared_memory);
+    if constexpr (C::PACKED)
+        if (packed::is_bad(p.options)) {
+            const unsigned count = (unsigned)p.schedule.tiles * p.shape.heads;
+            for (unsigned number = fresh_block_id(); number < count; number += gridDim.x)
+                write_nan<C>(p, number);
+            return;
+        }
+    if (threadIdx.x == 0) {
+        const L l(smem);
+        l.q.init(L::GROUPS * 4);
+        l.k.init(L::GROUPS * 4);
+        l.v.init(L::GROUPS * 4);
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (warp_id() >= L::GROUPS * 4) {
+        setmaxnreg_dec<C::COPY_REGISTERS>();
+        if (warp_id() == L::GROUPS * 4 && elect_one()) copy_tiles<C>(p, smem);
+    } else {
+        setmaxnreg_inc<C::REGISTERS>();
+        attend<C>(p, smem);
+    }
+}
