@@ -1,0 +1,1 @@
+"""The guide, and the commands that keep it true: `python -m docs.blocks`, `python -m docs.reference`."""
