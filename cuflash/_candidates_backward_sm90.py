@@ -37,8 +37,8 @@ def shared_bytes(tile: Tile, head_dim: int, accumulate: bool) -> int:
     keys = 2 * tile.block_k * columns * 2
     queries = tile.stages * tile.block_q * (2 * columns * 2 + 8)
     gathered = 2 * tile.block_k * tile.block_q * 2 + tile.block_q * head_dim * 4
-    barriers = (3 + 4 * tile.stages) * 8
-    return keys + queries + (gathered if accumulate else 0) + barriers + 1024
+    barriers, work, alignment = (4 + 4 * tile.stages) * 8, 48, 1024
+    return keys + queries + (gathered if accumulate else 0) + barriers + work + alignment
 
 
 class BackwardSm90(Backward):

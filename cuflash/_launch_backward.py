@@ -113,9 +113,7 @@ class PreparedBackward:
         self._options = OptionInputs(device, problem, arrays, extra)
         plan = _plan.plan(problem, device)
         others = self._options.found | self._gradients.bind(plan)
-        mapped = any(launch.spec.kernel == "backward_sm90" for launch in plan.launches)
-        max_axes = _launch_maps.BATCH_AXES if mapped else _params.MAX_BATCH_AXES
-        self._views = Views(problem, found | others, max_axes)
+        self._views = Views(problem, found | others, _launch_maps.most_batch_axes(plan))
         addresses = {name: device.pointer(array) for name, array in inputs.items()}
         addresses |= {GRADIENTS[n]: device.pointer(a) for n, a in given.items() if n in GRADIENTS}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
@@ -133,8 +131,7 @@ class PreparedBackward:
         count = len(_params.BACKWARD_POINTERS) if self._has_options else PLAIN_POINTERS
         fill = (self._options.fill_launch, self._gradients.fill_launch)
         self._steps = steps_of(plan, device, struct, count, *fill)
-        if mapped:
-            self._map_arrays(plan)
+        self._map_arrays(plan)
         self.is_simple = not (self._has_options or self._views.copies)
         slots = {name: slot for slot, name in enumerate(GRADIENTS)}
         self._simple_targets = [

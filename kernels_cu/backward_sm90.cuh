@@ -26,7 +26,21 @@ template <class C> struct Consumer {
     using TileDs = typename L::TileDs;
     static_assert(C::BLOCK_K == 128, "two warpgroups own 64 keys each");
     static constexpr int Q8 = C::BLOCK_Q / 8;
-    using Scores = Accumulator<1, Q8>;
+    // Scores that take registers of their own to work out come half a tile at a time where a whole one does not fit
+    // beside them.
+    static constexpr int PARTS = C::BLOCK_Q == 128 && (!Score::FOLDED || C::DROPOUT) ? 2 : 1;
+    static constexpr int PART_Q = C::BLOCK_Q / PARTS, PART_Q8 = PART_Q / 8;
+    using Scores = Accumulator<1, PART_Q8>;
+    // P^T or dS^T, rounded: the A operands of 16 queries each.
+    struct Rounded {
+        u32 a[Q8 / 2][4];
+
+        DEV_METHOD void put(int part, const Scores& scores) {
+#pragma unroll
+            for (int k = 0; k < PART_Q8 / 2; ++k)
+                accumulator_to_a<Element>(a[part * (PART_Q8 / 2) + k], scores, 0, k);
+        }
+    };
     // A warpgroup makes 64 rows and 64 columns of dQ: the other half of the rows or of the columns is the
     // other one's.
     static constexpr bool SPLIT_ROWS = C::BLOCK_Q == 128;
@@ -35,7 +49,6 @@ template <class C> struct Consumer {
 
     const BackwardSm90Params& p;
     const L layout;
-    const int first_key;
     Mask mask;              // of the query head at hand
     bool repair_k = false;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
     bool repaired = false;  // a NaN or inf of Q or dO was left out: add_back has to follow
@@ -43,17 +56,15 @@ template <class C> struct Consumer {
     Accumulator<1, C::HEAD_DIM_V / 8> dv;
 
     DEV_METHOD Consumer(const BackwardSm90Params& params, const L& place)
-        : p(params),
-          layout(place),
-          first_key(key_work().work.tile * C::BLOCK_K),
-          mask(key_work().mask(params, 0)) {
+        : p(params), layout(place), mask(key_work().mask(params, 0)) {
         dk.zero();
         dv.zero();
     }
 
-    // Worked out anew where it is needed: registers are scarce here.
-    DEV_METHOD KeyWork<C> key_work() const { return KeyWork<C>(p); }
-    DEV_METHOD Range keys() const { return {first_key, first_key + C::BLOCK_K}; }
+    // Read anew where they are needed: registers are scarce here.
+    DEV_METHOD int first_key() const { return (int)ld_shared_u32(layout.work()) * C::BLOCK_K; }
+    DEV_METHOD KeyWork<C> key_work() const { return KeyWork<C>(layout.work()); }
+    DEV_METHOD Range keys() const { return {first_key(), first_key() + C::BLOCK_K}; }
     DEV_METHOD static Range rows_of_tile(int tile) {
         return {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
     }
@@ -93,25 +104,32 @@ template <class C> struct Consumer {
     DEV_METHOD void step(const Score& score, int head, int tile, Visit<C::STAGES> visit) {
         const u32 q_smem = layout.q(visit.stage()), dout_smem = layout.dout(visit.stage());
         const int group = warpgroup();
-        Scores s, ds;
-        mbarrier_wait(layout.q_full(visit.stage()), visit.parity());
-        wgmma_fence();
-        multiply_scores<TileK, TileQ, C::HEAD_DIM>(s, layout.k() + group * 64 * TileK::ROW_BYTES,
-                                                   q_smem);
-        wgmma_commit();
-        mbarrier_wait(layout.dout_full(visit.stage()), visit.parity());
-        wgmma_fence();
-        multiply_scores<TileV, TileDout, C::HEAD_DIM_V>(
-            ds, layout.v() + group * 64 * TileV::ROW_BYTES, dout_smem);
-        wgmma_commit();
-        score_gradients(score, s, ds, head, tile, visit.stage());
-
+        Rounded weights, gradients;
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            Scores s, ds;
+            if (part == 0) mbarrier_wait(layout.q_full(visit.stage()), visit.parity());
+            wgmma_fence();
+            multiply_scores<TileK, TileQ, C::HEAD_DIM>(s,
+                                                       layout.k() + group * 64 * TileK::ROW_BYTES,
+                                                       q_smem + part * PART_Q * TileQ::ROW_BYTES);
+            wgmma_commit();
+            if (part == 0) mbarrier_wait(layout.dout_full(visit.stage()), visit.parity());
+            wgmma_fence();
+            multiply_scores<TileV, TileDout, C::HEAD_DIM_V>(
+                ds, layout.v() + group * 64 * TileV::ROW_BYTES,
+                dout_smem + part * PART_Q * TileDout::ROW_BYTES);
+            wgmma_commit();
+            score_gradients(score, s, ds, head, tile * C::BLOCK_Q + part * PART_Q,
+                            layout.lse_log2(visit.stage()) + part * PART_Q * 4);
+            weights.put(part, s);
+            gradients.put(part, ds);
+        }
         const bool isolate = mask.isolates(rows_of_tile(tile), keys(), tile);
         if (isolate || mask.cuts(rows_of_tile(tile), keys(), tile) ||
             (tile + 1) * C::BLOCK_Q > p.shape.len_q)
-            hide(s, ds, tile);
+            hide(weights, gradients, tile);
         if (isolate) repair(q_smem, dout_smem);
-        const RoundedOperand<Element, 1, Q8> weights(s), gradients(ds);
 
         if constexpr (C::ACCUMULATE_DQ) put_gradients(gradients, layout.ds(visit.ds_stage()));
         wgmma_fence();
@@ -146,44 +164,41 @@ template <class C> struct Consumer {
     // scores = A B^T over the head dim; 64 rows of A from a_smem on.
     template <class TileA, class TileB, int DIM>
     DEV_METHOD static void multiply_scores(Scores& scores, u32 a_smem, u32 b_smem) {
-        const u64 a = k_major_descriptor(a_smem), b = k_major_descriptor(b_smem);
+        const KMajor a(a_smem), b(b_smem);
 #pragma unroll
         for (int k = 0; k < DIM / 16; ++k)
-            wgmma_ss<Element, false, false>(
-                scores, moved_descriptor(a, k_major_step<TileA::SLAB_BYTES>(k)),
-                moved_descriptor(b, k_major_step<TileB::SLAB_BYTES>(k)), k > 0);
+            wgmma_ss<Element, false, false>(scores, a.at(k_major_step<TileA::SLAB_BYTES>(k)),
+                                            b.at(k_major_step<TileB::SLAB_BYTES>(k)), k > 0);
     }
     // gradient += scores B.
     template <class TileB, int N8>
-    DEV_METHOD static void multiply_gradient(Accumulator<1, N8>& gradient,
-                                             const RoundedOperand<Element, 1, Q8>& scores,
+    DEV_METHOD static void multiply_gradient(Accumulator<1, N8>& gradient, const Rounded& scores,
                                              u32 b_smem) {
-        const u64 b = mn_major_descriptor(b_smem, TileB::SLAB_BYTES);
+        const MnMajor<TileB::SLAB_BYTES> b(b_smem);
 #pragma unroll
         for (int k = 0; k < Q8 / 2; ++k)
-            wgmma_rs<Element, true>(gradient, scores.a[0][k], moved_descriptor(b, mn_major_step(k)),
-                                    1);
+            wgmma_rs<Element, true>(gradient, scores.a[k], b.at(mn_major_step(k)), 1);
     }
     // This warpgroup's half of dS K.
     DEV_METHOD void multiply_dq(Accumulator<1, 8>& dq, u32 ds_smem, int group) const {
-        const u64 a = mn_major_descriptor(ds_smem + (SPLIT_ROWS ? group * TileDs::SLAB_BYTES : 0),
-                                          TileDs::SLAB_BYTES);
-        const u64 b = mn_major_descriptor(layout.k() + (SPLIT_ROWS ? 0 : group * TileK::SLAB_BYTES),
-                                          TileK::SLAB_BYTES);
+        const MnMajor<TileDs::SLAB_BYTES> a(ds_smem +
+                                            (SPLIT_ROWS ? group * TileDs::SLAB_BYTES : 0));
+        const MnMajor<TileK::SLAB_BYTES> b(layout.k() +
+                                           (SPLIT_ROWS ? 0 : group * TileK::SLAB_BYTES));
 #pragma unroll
         for (int k = 0; k < C::BLOCK_K / 16; ++k)
-            wgmma_ss<Element, true, true>(dq, moved_descriptor(a, mn_major_step(k)),
-                                          moved_descriptor(b, mn_major_step(k)), k > 0);
+            wgmma_ss<Element, true, true>(dq, a.at(mn_major_step(k)), b.at(mn_major_step(k)),
+                                          k > 0);
     }
 
     // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the accumulator's
     // rows, queries along its columns. Both products are in flight; the weights of a linear score are
     // made while the second one is.
-    DEV_METHOD void score_gradients(const Score& score, Scores& s, Scores& ds, int head, int tile,
-                                    int stage) {
-        const int lane = fresh_thread_id() % 32, first_row = tile * C::BLOCK_Q;
-        const int i_0 = first_row + lane % 4 * 2, j_0 = first_key + warp_key() + lane / 4;
-        const u32 statistics = layout.lse_log2(stage) + lane % 4 * 8;
+    DEV_METHOD void score_gradients(const Score& score, Scores& s, Scores& ds, int head,
+                                    int first_row, u32 lse_smem) {
+        const int lane = fresh_thread_id() % 32;
+        const int i_0 = first_row + lane % 4 * 2, j_0 = first_key() + warp_key() + lane / 4;
+        const u32 statistics = lse_smem + lane % 4 * 8;
         if constexpr (Score::FOLDED && !C::DROPOUT) {
             wgmma_wait<1>();
             wgmma_pin(s);
@@ -200,10 +215,10 @@ template <class C> struct Consumer {
             wgmma_pin(s);
             wgmma_pin(ds);
             const Work work = key_work().work;
-            const dropout::KeepBits<C::DROPOUT, 1, Q8, true> keep(
-                p, work, work.head * p.shape.group + head, first_row, first_key + warp_key());
+            const dropout::KeepBits<C::DROPOUT, 1, PART_Q8, true> keep(
+                p, work, work.head * p.shape.group + head, first_row, first_key() + warp_key());
 #pragma unroll
-            for (int n = 0; n < Q8; ++n) {
+            for (int n = 0; n < PART_Q8; ++n) {
                 const float2 lse_log2 = ld_shared_f32x2(statistics + 32 * n);
                 const float2 delta = ld_shared_f32x2(statistics + 32 * n + L::DELTA);
 #pragma unroll
@@ -223,7 +238,7 @@ template <class C> struct Consumer {
     // act(n, e, statistic of the element's query)
     template <class Act> DEV_METHOD static void each_pair(u32 statistics, Act act) {
 #pragma unroll
-        for (int n = 0; n < Q8; ++n) {
+        for (int n = 0; n < PART_Q8; ++n) {
             const float2 pair = ld_shared_f32x2(statistics + 32 * n);
 #pragma unroll
             for (int e = 0; e < 4; ++e) act(n, e, e % 2 ? pair.y : pair.x);
@@ -233,20 +248,24 @@ template <class C> struct Consumer {
         return backward::probability(logit_log2, lse_log2);
     }
 
-    // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
-    DEV_METHOD void hide(Scores& s, Scores& ds, int tile) const {
-        backward::each_hidden<1, Q8, true>(
-            mask, p.shape.len_q, tile * C::BLOCK_Q, first_key + warp_key(),
-            [&](int m, int n, int e) { s.x[m][n][e] = ds.x[m][n][e] = 0.f; });
+    // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN. Rounded, they take
+    // half of the registers.
+    DEV_METHOD void hide(Rounded& weights, Rounded& gradients, int tile) const {
+        each_hidden<1, Q8, true>(mask, p.shape.len_q, tile * C::BLOCK_Q, first_key() + warp_key(),
+                                 [&](int, int n, int e) {
+                                     const int place = n % 2 * 2 + e / 2;
+                                     const u32 other = e % 2 ? 0x0000ffffu : 0xffff0000u;
+                                     weights.a[n / 2][place] &= other;
+                                     gradients.a[n / 2][place] &= other;
+                                 });
     }
 
     // dS^T of this warp's keys to where the products of dQ find it.
-    DEV_METHOD static void put_gradients(const RoundedOperand<Element, 1, Q8>& gradients,
-                                         u32 smem) {
+    DEV_METHOD static void put_gradients(const Rounded& gradients, u32 smem) {
         const u32 lane = lane_major<TileDs>(smem + warp_key() * TileDs::ROW_BYTES);
 #pragma unroll
         for (int k = 0; k < Q8 / 2; ++k)
-            stmatrix_x4(TileDs::moved(lane, 0, 16 * k), gradients.a[0][k]);
+            stmatrix_x4(TileDs::moved(lane, 0, 16 * k), gradients.a[k]);
         fence_proxy_async();
     }
 
@@ -300,7 +319,7 @@ template <class C> struct Consumer {
     // After dQ: the next scores need K as it is.
     DEV_METHOD void restore_keys() const {
         named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-        backward::restore_tile<TileK, CONSUMERS>(k_gmem(), layout.k(), first_key);
+        backward::restore_tile<TileK, CONSUMERS>(k_gmem(), layout.k(), first_key());
         fence_proxy_async();
         named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
     }
@@ -338,7 +357,7 @@ template <class C> struct Consumer {
                 const int row = row_0 + at / k.columns, column = at % k.columns;
                 float sum = 0.f;
 #pragma unroll 1
-                for (int key = first_key; key < min(first_key + C::BLOCK_K, k.rows); ++key) {
+                for (int key = first_key(); key < min(first_key() + C::BLOCK_K, k.rows); ++key) {
                     const u16 bits = ld_global_u16(k.base + key * k.stride + column);
                     if (!Element::is_finite_value(bits) && mask.keep(row, key))
                         sum += Element::to_real(bits);
@@ -380,14 +399,14 @@ template <class C> struct Consumer {
             each_repaired([&](int head, int tile) {
                 add_non_finite<Element, Tile, 16>(
                     smem, warp_key(), other(head), rows_of_tile(tile), factor,
-                    [&](int r, int i) { return mask.keep(i, first_key + r); });
+                    [&](int r, int i) { return mask.keep(i, first_key() + r); });
             });
         __syncwarp();
         const Work work = key_work().work;
         store_rows<Tile, 16, C::VECTOR_ONLY>(
             head_rows<u16>(array, strides, work, work.head, p.shape.len_k, columns,
                            p.shape.flags & flag),
-            smem, warp_key(), first_key);
+            smem, warp_key(), first_key());
     }
 };
 
@@ -397,7 +416,10 @@ template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
     using namespace backward::sm90;
     extern __shared__ __align__(1024) u8 shared_memory[];
     const Layout<C> layout(shared_address(shared_memory));
-    if (threadIdx.x == 0) layout.init_barriers();
+    if (threadIdx.x == 0) {
+        layout.init_barriers();
+        KeyWork<C>(p).put(layout.work());
+    }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
         setmaxnreg_dec<FEED_REGISTERS>();

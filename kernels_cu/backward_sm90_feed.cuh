@@ -29,23 +29,21 @@ template <class Tile> DEV void load_slabs(u32 smem, const TensorMap& map, u32 ba
 
 template <class C> DEV void load_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
     using L = Layout<C>;
-    const KeyWork<C> keys(p);
-    const bool leads = elect_one();
-    bool is_first = true;
     Visit<C::STAGES> visit;
-    keys.each(p, [&](int head, int tile) {
+    KeyWork<C>(layout.work()).each(p, [&](int head, int tile) {
+        // Read anew, and elected anew, for there are 24 registers.
+        const KeyWork<C> keys(layout.work());
         const Work& work = keys.work;
-        if (is_first && leads) {
+        if (visit.number == 0 && elect_one()) {
             mbarrier_arrive_expect(layout.keys_full(), L::TileK::BYTES + L::TileV::BYTES);
             load_slabs<typename L::TileK>(layout.k(), p.k_map, layout.keys_full(), L2_EVICT_FIRST,
-                                          keys.first_key, MapPlace(p.k_strides, work, work.head));
+                                          keys.first_key(), MapPlace(p.k_strides, work, work.head));
             load_slabs<typename L::TileV>(layout.v(), p.v_map, layout.keys_full(), L2_EVICT_FIRST,
-                                          keys.first_key, MapPlace(p.v_strides, work, work.head));
+                                          keys.first_key(), MapPlace(p.v_strides, work, work.head));
         }
-        is_first = false;
         const int query_head = work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
         mbarrier_wait(layout.q_empty(visit.stage()), visit.parity() ^ 1);
-        if (leads) {
+        if (elect_one()) {
             // Every block of the head reads these tiles.
             const u32 barrier = layout.q_full(visit.stage());
             mbarrier_arrive_expect(barrier, L::TileQ::BYTES);
@@ -53,7 +51,7 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
                                           row, MapPlace(p.q_strides, work, query_head));
         }
         mbarrier_wait(layout.dout_empty(visit.stage()), visit.parity() ^ 1);
-        if (leads) {
+        if (elect_one()) {
             const u32 barrier = layout.dout_full(visit.stage());
             mbarrier_arrive_expect(barrier, L::TileDout::BYTES);
             load_slabs<typename L::TileDout>(layout.dout(visit.stage()), p.dout_map, barrier,
@@ -62,7 +60,7 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
         }
         // Heads begin at any multiple of 4 bytes in the statistics: too few for a bulk copy.
         const i64 first = statistics_row<C>(p, work, query_head) + row;
-#pragma unroll
+#pragma unroll 2
         for (int r = lane_id(); r < C::BLOCK_Q; r += 32) {
             // A row past the end has P = exp2(s - inf) = 0.
             const bool exists = row + r < p.shape.len_q;
@@ -73,7 +71,7 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
                           exists ? ld_global_f32((const float*)p.delta + first + r) : 0.f);
         }
         __syncwarp();
-        if (leads) mbarrier_arrive(layout.q_full(visit.stage()));
+        if (elect_one()) mbarrier_arrive(layout.q_full(visit.stage()));
         visit.advance();
     });
 }
@@ -90,7 +88,7 @@ template <class C> DEV u32 turn_of(const BackwardParams& p, const KeyWork<C>& ke
 // dq_accum += the tiles of dQ that the consumers leave in shared memory.
 template <class C>
 DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
-    const KeyWork<C> keys(p);
+    const KeyWork<C> keys(layout.work());
     if (!elect_one()) return;
     Visit<C::STAGES> visit;
     keys.each(p, [&](int head, int tile) {

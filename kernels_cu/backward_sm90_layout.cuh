@@ -20,7 +20,7 @@ namespace backward::sm90 {
 constexpr int CONSUMERS = 256, CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int LOAD_WARP = CONSUMER_WARPS, REDUCE_WARP = CONSUMER_WARPS + 1;
 // Registers per thread: (24 + 2 * 240) * 128 is what 384 threads of 168 have.
-constexpr int FEED_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int FEED_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int CONSUMER_BARRIER = 1;  // a named barrier of all consumers
 
 template <class C> struct Layout {
@@ -42,8 +42,9 @@ template <class C> struct Layout {
     static constexpr int DQ = DS + DS_STAGES * TileDs::BYTES;
     static constexpr int STATISTICS = DQ + DQ_BYTES;
     static constexpr int BARRIERS = STATISTICS + C::STAGES * STATISTICS_BYTES;
+    static constexpr int WORK = BARRIERS + (4 + 4 * C::STAGES) * 8;
     static constexpr int ALIGNMENT = 1024;  // of slabs; dynamic shared memory begins anywhere
-    static constexpr int BYTES = BARRIERS + (3 + 4 * C::STAGES) * 8 + ALIGNMENT;
+    static constexpr int BYTES = WORK + 48 + ALIGNMENT;
     static_assert(BYTES == C::SHARED_BYTES,
                   "_candidates_backward_sm90.shared_bytes disagrees with the layout");
 
@@ -60,6 +61,7 @@ template <class C> struct Layout {
     }
     static constexpr int DELTA = C::BLOCK_Q * 4;  // delta lies this far behind lse_log2
 
+    DEV_METHOD u32 work() const { return base + WORK; }
     DEV_METHOD u32 barrier(int n) const { return base + BARRIERS + 8 * n; }
     DEV_METHOD u32 keys_full() const { return barrier(0); }
     DEV_METHOD u32 dq_full() const { return barrier(1); }
@@ -106,16 +108,34 @@ DEV int dq_column(int row, int column) { return column ^ (row & 3) << 3; }
 template <class C> struct KeyWork {
     using Mask = typename C::Mask;
     Work work;
-    int first_key;
     Range tiles;
 
-    DEV_METHOD explicit KeyWork(const BackwardParams& p)
-        : work(decode<C>(p, p.shape.heads_kv)), first_key(work.tile * C::BLOCK_K) {
+    DEV_METHOD explicit KeyWork(const BackwardParams& p) : work(decode<C>(p, p.shape.heads_kv)) {
         const Range rows = mask(p, 0).rows(keys());
         tiles = rows.empty() ? Range{0, 0}
                              : Range{rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
     }
-    DEV_METHOD Range keys() const { return {first_key, first_key + C::BLOCK_K}; }
+
+    // It takes a dozen divisions: one thread works it out, the others read it from shared memory, whenever they
+    // need it, for it is not worth registers.
+    DEV_METHOD explicit KeyWork(u32 smem) {
+        const uint4 a = ld_shared_v4(smem), b = ld_shared_v4(smem + 16);
+        work.tile = a.x, work.batch = a.y, work.head = a.z;
+        work.batch_index[0] = b.x, work.batch_index[1] = b.y;
+        work.batch_index[2] = b.z, work.batch_index[3] = b.w;
+        const float2 range = ld_shared_f32x2(smem + 32);
+        tiles = {__float_as_int(range.x), __float_as_int(range.y)};
+    }
+    DEV_METHOD void put(u32 smem) const {
+        static_assert(MAX_BATCH_AXES == 4, "one word each");
+        st_shared_v4(smem, make_uint4(work.tile, work.batch, work.head, 0));
+        st_shared_v4(smem + 16, make_uint4(work.batch_index[0], work.batch_index[1],
+                                           work.batch_index[2], work.batch_index[3]));
+        st_shared_v4(smem + 32, make_uint4(tiles.begin, tiles.end, 0, 0));
+    }
+
+    DEV_METHOD int first_key() const { return work.tile * C::BLOCK_K; }
+    DEV_METHOD Range keys() const { return {first_key(), first_key() + C::BLOCK_K}; }
     DEV_METHOD Mask mask(const BackwardParams& p, int head) const {
         return Mask(p, work, work.head * p.shape.group + head);
     }

@@ -1,0 +1,89 @@
+"""Hopper's backward kernel in the emulator, against float64: head dims, groups, mask edges, scores, memory layouts, in
+three schedules, of which one takes turns (`deterministic=True`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cuflash
+from tests import oracle
+from tests.cases import Case, answer, check
+from tests.machines import Emulator, Machine, normal, same_bits
+
+ARCH = "sm_90a"
+# Tiles have 128 keys and 64 queries, or 128 queries at head dims up to 64.
+BASE = Case(batch=(), heads=1, heads_kv=1)
+HEAD_DIMS = {
+    40: replace(BASE, len_q=129, len_k=257, causal=True),
+    64: replace(BASE, heads=3, len_q=257, len_k=200, causal=True),
+    80: replace(BASE, len_q=127, len_k=290, window=(64, 65)),
+    96: replace(BASE, heads=3, len_q=65, len_k=128, causal=True),
+    104: replace(BASE, len_q=140, len_k=77, window=(65, 1)),
+    128: replace(BASE, heads=3, len_q=129, len_k=260, causal=True),
+}
+HEAD_DIMS = {d: replace(case, head_dim=d) for d, case in HEAD_DIMS.items()}
+VALUE_DIMS = [
+    replace(BASE, head_dim=64, head_dim_v=128, heads=3, len_q=65, len_k=70, causal=True),
+    replace(BASE, head_dim=128, head_dim_v=40, len_q=130, len_k=65),
+]
+SHAPED = [
+    replace(HEAD_DIMS[64], heads=1, softcap=3.0),
+    replace(HEAD_DIMS[96], softcap=20.0, scale=-0.3),
+    replace(HEAD_DIMS[128], alibi="H", heads=2),
+    replace(HEAD_DIMS[128], scale=0.0, heads=1),
+]
+PLACES = [
+    replace(HEAD_DIMS[64], scale=-0.125, heads=1),
+    replace(HEAD_DIMS[64], q_offset=-130, window=(50, 20), causal=False, heads=1),
+    replace(HEAD_DIMS[128], q_offset=1000, causal=True, heads=1),
+    replace(
+        BASE, head_dim=64, len_q=33, len_k=140, batch=(2, 3), heads=4, heads_kv=2, layout="LHD"
+    ),
+    replace(BASE, head_dim=128, len_q=33, len_k=140, batch=(2, 3), heads=2, broadcast_kv=True),
+    replace(BASE, head_dim=128, len_q=1, len_k=1),
+    replace(BASE, head_dim=128, len_q=1, len_k=300, heads=4),
+    replace(BASE, head_dim=64, len_q=300, len_k=1),
+    replace(BASE, head_dim=128, len_q=140, len_k=190, magnitude=20.0),
+]
+FLOAT16 = [*HEAD_DIMS.values(), *VALUE_DIMS, *SHAPED, *PLACES]
+BFLOAT16 = [replace(HEAD_DIMS[d], dtype="bfloat16") for d in (64, 96, 128)]
+
+
+def kernels(machine: Emulator) -> list[str]:
+    """What ran, in order."""
+    return [name for name, *_ in machine.device.launches]
+
+
+def hopper_kernels(machine: Emulator) -> list[str]:
+    return [name for name in kernels(machine) if name.startswith("backward_sm90_")]
+
+
+@pytest.mark.parametrize("case", FLOAT16 + BFLOAT16, ids=str)
+def test_gradients_pass_rule_t_in_three_schedules(case: Case) -> None:
+    for seed, deterministic in ((0, True), (1, False), (2, False)):
+        with Emulator(ARCH, seed=seed) as machine:
+            check(machine, case, deterministic=deterministic, dlse=seed == 0)
+        (name,) = hopper_kernels(machine)
+        if not case.alibi:
+            assert ("turns" if deterministic else "accumulate") in name
+        # Slopes take their sums from the portable pass over the rows, which leaves dQ, too.
+        assert any(n.startswith("backward_dq_") for n in kernels(machine)) == bool(case.alibi)
+
+
+@pytest.mark.parametrize("case", [HEAD_DIMS[64], HEAD_DIMS[128], SHAPED[1]], ids=str)
+def test_turns_give_the_same_bits_in_every_schedule(case: Case) -> None:
+    data, options = answer(case).data, case.options()
+    runs = []
+    for seed in (0, 5, 11):
+        with Emulator(ARCH, seed=seed) as machine:
+            out, lse = machine.attention(data.q, data.k, data.v, **options, return_lse=True)
+            arrays = (data.dout, data.q, data.k, data.v, out, lse)
+            grads = machine.backward(*arrays, dlse=data.dlse, deterministic=True, **options)
+            runs.append((grads.q, grads.k, grads.v))
+    for other in runs[1:]:
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
