@@ -67,6 +67,44 @@ def test_two_particles_by_hand() -> None:
     np.testing.assert_allclose(state.force, [push - m * x[0], -push - m * x[1]], rtol=1e-12)
 
 
+def test_sums_for_some_particles_are_rows_of_the_matrices() -> None:
+    motion = stirred(200)
+    whole = motion.gas.dense(motion.x, motion.velocity, np)
+    rows = np.array([3, 77, 199])
+    some = motion.gas.dense(motion.x, motion.velocity, np, rows, whole.density)
+    for name in ("force", "density", "flow"):
+        np.testing.assert_allclose(getattr(some, name), getattr(whole, name)[rows], rtol=1e-13)
+    assert some.energy == whole.energy
+
+
+@pytest.mark.parametrize("part", ["force", "density"])
+def test_one_particle_that_is_wrong_fails(part: str) -> None:
+    motion = stirred(1000)
+    state = motion.state()
+    assert sph.check_some(motion, state, np, 32)
+    getattr(state, part)[999] *= 1 + 1e-6
+    assert not sph.check_some(motion, state, np, 32)
+
+
+def test_what_matrices_take() -> None:
+    motion = stirred(1000)
+    peak = measure.peak_bytes(lambda: motion.gas.dense(motion.x, motion.velocity, np), np)
+    assert peak == pytest.approx(motion.gas.dense_bytes(), rel=0.02)
+
+
+@pytest.mark.slow
+def test_kernels_with_a_mask() -> None:
+    """Blocks that are absent: more than neighbours' order leaves to a few particles."""
+    motion = stirred(150)
+    mask = near(motion.x, 0.3, np, block=16)
+    assert mask.density < 0.8
+    expected = motion.gas.state(motion.x, motion.velocity, mask, np)
+    with Emulator("sm_80"):
+        found = motion.gas.state(motion.x, motion.velocity, mask, np)
+    for name, error in sph.differences(found, expected).items():
+        assert error < sph.rounding(motion.gas)[name], name
+
+
 @pytest.mark.slow
 def test_by_kernels() -> None:
     """float64 kernels with a block mask and a gradient of lse alone."""
@@ -171,7 +209,7 @@ def test_memory_is_linear() -> None:
         motion = Motion.breathing(Gas(count), 0.2)
         peaks.append(measure.peak_bytes(motion.state, np))
     assert peaks[1] < 5 * peaks[0]
-    assert peaks[1] < Gas(16384).dense_bytes() / 20
+    assert peaks[1] < Gas(16384).pair_bytes() / 20
 
 
 # ---- the command
@@ -184,6 +222,7 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert sph.main(SMALL) == 0
     text = capsys.readouterr().out
     assert "one matrix of all pairs: 512.0 MiB" in text
+    assert "the dense formula would hold 3.0 GiB" in text
     assert re.search(r"frequency \d\.\d{3} of the trap's, exact 2\.000", text)
     assert text.endswith("all checks hold\n")
 

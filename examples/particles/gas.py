@@ -133,19 +133,29 @@ class Gas:
         force = -2 / self.width**2 * inner - grads.k[:, :2] - self.mass * x
         return State(energy, force, xp.exp(log_density), flow)
 
-    def dense(self, x: Any, velocity: Any, xp: Any) -> State:
-        """The same by matrices of all pairs and their differences: nothing cancels, nothing fits."""
-        apart = x[:, None] - x[None]  # (n, n, 2)
+    def dense(
+        self, x: Any, velocity: Any, xp: Any, rows: Any = slice(None), density: Any = None
+    ) -> State:
+        """The same by matrices of all pairs and their differences: nothing cancels, nothing fits.
+
+        With `rows` for these particles alone, as sums over all; the density of all is then given.
+        """
+        apart = x[rows, None] - x[None]  # (rows, n, 2)
         weight = xp.exp(-(apart * apart).sum(axis=2) / self.width**2)
         weight *= self.mass / (math.pi * self.width**2)
-        density = weight.sum(axis=1)
+        own = weight.sum(axis=1)
+        density = own if density is None else density
         energy, slope = self.from_log_density(xp.log(density), x, xp)
         # d density_i / d x_j for all pairs, times d energy / d density_i.
         ratio = slope / density
-        pairs = (ratio[:, None] + ratio[None]) * weight
-        force = 2 / self.width**2 * (pairs[:, :, None] * apart).sum(axis=1) - self.mass * x
-        return State(energy, force, density, (weight / density[:, None]) @ velocity)
+        pairs = (ratio[rows, None] + ratio[None]) * weight
+        force = 2 / self.width**2 * (pairs[:, :, None] * apart).sum(axis=1) - self.mass * x[rows]
+        return State(energy, force, own, (weight / own[:, None]) @ velocity)
+
+    def pair_bytes(self) -> int:
+        """Of one float64 matrix of all pairs."""
+        return 8 * self.count**2
 
     def dense_bytes(self) -> int:
-        """Of one float64 matrix of all pairs; `dense` holds five at its largest."""
-        return 8 * self.count**2
+        """Of all that `dense` holds at its largest: places twice, their products, weights twice."""
+        return 6 * self.pair_bytes()
