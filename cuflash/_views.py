@@ -121,7 +121,13 @@ class Views:
             # Too many unmergeable axes for the kernels: C-ordered copies merge into one.
             for name, view in views.items():
                 full = problem.batch + view.shape[len(view.shape) - TRAILING[name] :]
-                self.views[name] = contiguous_view(full)
+                copy = contiguous_view(full)
+                if name in PAIRS:
+                    # Kernels step along the axes of a pair that a mask or bias is broadcast along.
+                    pairs = zip(full, copy.strides, strict=True)
+                    strides = tuple(0 if n == 1 else step for n, step in pairs)
+                    copy = View(full, strides, True)
+                self.views[name] = copy
             self._merge()
         self.copies = any(view.copied for view in self.views.values())
 

@@ -132,3 +132,29 @@ def test_walks_over_pairs_leave_short_sequences_at_once(emulator: Machine) -> No
     np.testing.assert_array_equal(*grads)
     warps, tiles = 4, -(-count * length // 64)
     assert looks[1] <= looks[0] + warps * count * tiles, looks
+
+
+@pytest.mark.parametrize("kind", ["mask", "blocks", "bias"])
+def test_copies_of_pair_arrays_keep_broadcast_axes(emulator: Machine, kind: str) -> None:
+    """Five batch axes that do not merge are copied; heads and rows stay broadcast in the copies."""
+    extents, rng = (2, 1, 2, 2, 2, 2), np.random.default_rng(5)
+
+    def odd(order: tuple[int, ...], *tail: int) -> np.ndarray:
+        """Batch axes lie in memory in this order."""
+        lead = [extents[axis] for axis in order]
+        x = rng.standard_normal((*lead, *tail)).astype(np.float16)
+        return x.transpose(*np.argsort(order), *range(6, 6 + len(tail)))
+
+    q, dout = odd((4, 2, 0, 3, 1, 5), 2, 5, 64), odd((1, 0, 3, 2, 5, 4), 2, 5, 64)
+    k, v = odd((3, 1, 5, 4, 0, 2), 2, 6, 64), odd((5, 4, 3, 2, 1, 0), 2, 6, 64)
+    array = odd((2, 4, 1, 3, 5, 0), 1, 1 if kind == "bias" else 5, 6)
+    if kind == "blocks":
+        dense = np.ascontiguousarray(array > 0)
+        option: Any = cuflash.BlockMask.from_dense(dense, block_size=16)
+    else:
+        option = array > 0 if kind == "mask" else array
+    options = {"bias" if kind == "bias" else "mask": option}
+    found = [place.vjp(q, k, v, dout, **options) for place in (Numpy(), emulator)]
+    (want, exact), (got, grads) = found
+    for a, b in zip((got, *grads[:3]), (want, *exact[:3]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=4e-3, atol=4e-3)
