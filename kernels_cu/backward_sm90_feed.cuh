@@ -42,21 +42,22 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
                                           keys.first_key(), MapPlace(p.v_strides, work, work.head));
         }
         const int query_head = work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
-        mbarrier_wait(layout.q_empty(visit.stage()), visit.parity() ^ 1);
-        if (elect_one()) {
-            // Every block of the head reads these tiles.
-            const u32 barrier = layout.q_full(visit.stage());
-            mbarrier_arrive_expect(barrier, L::TileQ::BYTES);
-            load_slabs<typename L::TileQ>(layout.q(visit.stage()), p.q_map, barrier, L2_EVICT_LAST,
-                                          row, MapPlace(p.q_strides, work, query_head));
-        }
+        // In the order in which the consumers release them.
         mbarrier_wait(layout.dout_empty(visit.stage()), visit.parity() ^ 1);
         if (elect_one()) {
+            // Every block of the head reads these tiles.
             const u32 barrier = layout.dout_full(visit.stage());
             mbarrier_arrive_expect(barrier, L::TileDout::BYTES);
             load_slabs<typename L::TileDout>(layout.dout(visit.stage()), p.dout_map, barrier,
                                              L2_EVICT_LAST, row,
                                              MapPlace(p.dout_strides, work, query_head));
+        }
+        mbarrier_wait(layout.q_empty(visit.stage()), visit.parity() ^ 1);
+        if (elect_one()) {
+            const u32 barrier = layout.q_full(visit.stage());
+            mbarrier_arrive_expect(barrier, L::TileQ::BYTES);
+            load_slabs<typename L::TileQ>(layout.q(visit.stage()), p.q_map, barrier, L2_EVICT_LAST,
+                                          row, MapPlace(p.q_strides, work, query_head));
         }
         // Heads begin at any multiple of 4 bytes in the statistics: too few for a bulk copy.
         const i64 first = statistics_row<C>(p, work, query_head) + row;

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import cuflash
-from tests import oracle
 from tests.cases import Case, answer, check
-from tests.machines import Emulator, Machine, normal, same_bits
+from tests.machines import Emulator, normal, same_bits
 
 ARCH = "sm_90a"
 # Tiles have 128 keys and 64 queries, or 128 queries at head dims up to 64.
@@ -87,3 +85,37 @@ def test_turns_give_the_same_bits_in_every_schedule(case: Case) -> None:
             runs.append((grads.q, grads.k, grads.v))
     for other in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["q", "dout", "k", "v"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nan_and_inf_reach_the_pairs_that_see_them_and_no_others(
+    dim: int, name: str, bad: float
+) -> None:
+    """One bad element in the middle of a tile that the diagonal cuts: 0 * NaN must not be formed."""
+    rng, row = np.random.default_rng(dim), 37
+    arrays = {n: normal(rng, 2, 150, dim) for n in ("q", "dout")}
+    arrays |= {n: normal(rng, 1, 150, dim) for n in "kv"}
+    spoiled = {n: x.copy() for n, x in arrays.items()}
+    spoiled[name][0, row, 5] = bad
+    run: dict[str, Any] = {"causal": True, "deterministic": True}
+    with Emulator(ARCH, seed=1) as machine:
+        _, clean = machine.vjp(**arrays, **run)
+        _, grads = machine.vjp(**spoiled, **run)
+        assert len(hopper_kernels(machine)) == 2
+    with Emulator("sm_90", seed=1) as machine:  # the portable family
+        _, portable = machine.vjp(**spoiled, **run)
+    if name in ("q", "dout"):
+        rows = np.arange(150) != row
+        same = [(0, "q", rows), (1, "q", slice(None)), (0, "k", slice(row + 1, None))]
+        same.append((0, "v", slice(row + 1, None)))
+    else:
+        same = [(head, "q", slice(None, row)) for head in (0, 1)]
+    for head, gradient, kept in same:
+        a, b = (getattr(g, gradient)[head, kept] for g in (grads, clean))
+        assert np.isfinite(a.astype(float)).all() and same_bits(a, b), (gradient, head)
+    for gradient in "qkv":
+        a, b = (getattr(g, gradient).astype(float) for g in (grads, portable))
+        assert np.array_equal(np.isfinite(a), np.isfinite(b)), gradient
+    assert not all(np.isfinite(getattr(grads, n).astype(float)).all() for n in "qkv")
