@@ -1,169 +1,189 @@
-"""`python -m bench.gpu_check`: everything a GPU is needed for, in one go.
+"""`python -m bench.gpu_check`: everything a GPU is needed for, in one go or in portions.
 
-Compiles all kernels of the device, runs the command's own check, all tests with --gpu, the
-conformance tests that record golden instruction outputs, compute-sanitizer on small cases where it
-is installed, the scaling of memory, and the benchmarks. Each step is a process of its own, so that
-a fault ends one step and no more. One JSON and one log land in bench/results/.
+    python -m bench.gpu_check                        # all portions, about 25 minutes
+    python -m bench.gpu_check --part tests           # one of them, at most 10 minutes
+    python -m bench.gpu_check --part bench --results /elsewhere
+
+Portions, in their order: `goldens` (the machine, the main job, instruction outputs for the emulator),
+`tests` (with --gpu), `sanitizer` (compute-sanitizer on small cases), `bench` (every suite, memory,
+tuning), `examples` (at the sizes that need a GPU); and by name alone `kernels` (all of them compiled and
+loaded). Each step is a process of its own: a fault ends one step and no more. One JSON and one log per
+run; both are written as the run goes on, so that a machine that is lost has lost nothing it had measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import host, report
+from bench.gpu_steps import EXTRA_PARTS, PARTS, PORTION, PYTHON, Step, steps
 from cuflash._system import cupy_or_reason
 
-PYTHON = sys.executable
+__all__ = ["PYTHON", "Step", "main", "run", "steps"]
+
 TAIL = 4000  # characters of a step's output kept in the JSON; the log has all
-
-# Small, and of every kind: full and cut tiles, both directions, both variants.
-SANITIZED = """
-import cupy, cuflash
-rng = cupy.random.default_rng(0)
-for dim, options in ((64, {}), (128, {"causal": True}), (40, {"window": (17, 5), "softcap": 9.0})):
-    q, k, v = (rng.standard_normal((1, 2, n, dim), dtype="f4").astype("f2") for n in (70, 150, 150))
-    for deterministic in (False, True):
-        out, pullback = cuflash.attention_vjp(q, k, v, deterministic=deterministic, **options)
-        pullback(out)
-cupy.cuda.Device().synchronize()
-"""
-
-# Peak memory of the pool from 64 k to 1 M keys: bytes per key must not grow.
-MEMORY = """
-import cupy, cuflash
-pool = cupy.get_default_memory_pool()
-for length in (1 << 16, 1 << 18, 1 << 20):
-    pool.free_all_blocks()
-    q = cupy.ones((1, 256, 128), "f2")
-    k = cupy.ones((1, length, 128), "f2")
-    inputs = pool.used_bytes()
-    out, pullback = cuflash.attention_vjp(q, k, k)
-    pullback(out)
-    cupy.cuda.Device().synchronize()
-    print(length, "keys:", (pool.total_bytes() - inputs) / length, "bytes per key beside inputs")
-    del q, k, out, pullback
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing to run.
-
-    Parameters
-    ----------
-    name : str
-    command : tuple of str
-    minutes : float
-        It is stopped after so many.
-    why : str
-        One line for a machine without a GPU.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    minutes: float
-    why: str
-
-
-def steps() -> list[Step]:
-    """What to run, most telling first."""
-    found = [
-        Step("config", (PYTHON, "-m", "cuflash", "--config"), 2, "device, driver, versions"),
-        Step(
-            "compile",
-            (PYTHON, "-m", "bench.gpu_check", "--compile-all"),
-            20,
-            "every kernel that planning can choose for this device, loaded",
-        ),
-        Step("main job", (PYTHON, "-m", "cuflash"), 5, "forward and backward against float64"),
-        Step(
-            "tests",
-            (PYTHON, "-m", "pytest", "--gpu", "-q", "-m", "gpu", "--durations=20"),
-            30,
-            "the tests on the device",
-        ),
-        Step(
-            "goldens",
-            (
-                PYTHON,
-                "-m",
-                "pytest",
-                "--gpu",
-                "--record-goldens",
-                "-q",
-                "tests/test_instructions.py",
-            ),
-            10,
-            "instruction outputs of this GPU into tests/golden, to hold the emulator to",
-        ),
-        Step("all tests", (PYTHON, "-m", "pytest", "--gpu", "-q"), 40, "and all others"),
-        Step("memory", (PYTHON, "-c", MEMORY), 5, "bytes per key up to 1 M keys"),
-        Step(
-            "benchmarks",
-            (PYTHON, "-m", "bench.run", "--suite", "sweep"),
-            30,
-            "the papers' sweep beside every peer",
-        ),
-        Step("options", (PYTHON, "-m", "bench.options"), 10, "masks, biases, dropout, scores"),
-    ]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if Path(sanitizer).exists():
-        found += [
-            Step(
-                f"sanitizer {tool}",
-                (sanitizer, "--tool", tool, "--error-exitcode", "9", PYTHON, "-c", SANITIZED),
-                15,
-                f"compute-sanitizer {tool} on small cases",
-            )
-            for tool in ("memcheck", "racecheck", "synccheck", "initcheck")
-        ]
-    return found
+LEAST = 5.0  # seconds under which a step is not begun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the steps; 0 when all passed (or when there is no GPU and nothing to fail)."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
-    parser.add_argument("--only", metavar="NAME", nargs="*", help="run these steps")
-    parser.add_argument("--compile-all", action="store_true", help="the step `compile`")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
+    if options.results:
+        # Steps are processes, and write their results there too.
+        os.environ[report.RESULTS_VARIABLE] = str(Path(options.results).resolve())
     if options.compile_all:
         return compile_all()
-
     cupy, reason = cupy_or_reason()
-    todo = [step for step in steps() if not options.only or step.name in options.only]
+    todo = chosen(options.part, options.only)
     if cupy is None:
         without_gpu(todo, str(reason))
         return 0
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    report.RESULTS.mkdir(parents=True, exist_ok=True)
-    log = report.RESULTS / f"{stamp}-gpu-check.log"
-    results: list[dict[str, Any]] = []
-    for step in todo:
-        print(f"{step.name} ...", end=" ", flush=True)
-        results.append(run(step, log))
-        print(f"{results[-1]['status']} in {results[-1]['seconds']:.0f} s", flush=True)
-        # After every step: a machine that is lost later has lost nothing that was measured.
-        path = report.RESULTS / f"{stamp}-gpu-check.json"
-        content = {"environment": report.environment(), "log": log.name, "steps": results}
-        report.write_to(path, content)
-    print(f"kept in {path}")
+    results = run_all(todo, budgets(options.part, options.minutes), options.part or "all")
     return 0 if all(result["status"] == "passed" for result in results) else 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--part", choices=(*PARTS, *EXTRA_PARTS), help="one portion")
+    add("--only", metavar="NAME", nargs="*", help="of its steps, these")
+    add("--minutes", type=float, help=f"for the portion (default {PORTION:g}), or for all of them")
+    add("--results", metavar="DIR", help=f"instead of {report.RESULTS}")
+    add("--compile-all", action="store_true", help="the step `compile`")
+    return parser.parse_args(arguments)
+
+
+def chosen(part: str | None, only: Sequence[str] | None) -> list[Step]:
+    """The steps of a portion, or of all that a whole run has."""
+    parts = (part,) if part else (PARTS if not only else (*PARTS, *EXTRA_PARTS))
+    return [s for s in steps() if s.part in parts and (not only or s.name in only)]
+
+
+def budgets(part: str | None, minutes: float | None) -> dict[str, float]:
+    """Minutes for each portion. What one leaves over, the next may use."""
+    if part:
+        return {part: minutes or PORTION}
+    scale = (minutes or sum(PARTS.values())) / sum(PARTS.values())
+    return {**{name: scale * share for name, share in PARTS.items()}, **EXTRA_PARTS}
+
+
+def run_all(todo: Sequence[Step], minutes: dict[str, float], name: str) -> list[dict[str, Any]]:
+    """Run steps within their portions' time; the JSON is written after each."""
+    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
+    folder = report.results()
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{stamp}-gpu-check-{name}"
+    log, path = folder / f"{stem}.log", folder / f"{stem}.json"
+    environment = report.environment()
+    results: list[dict[str, Any]] = []
+    deadline = time.perf_counter()
+    parts = list(dict.fromkeys(step.part for step in todo))
+    for part in parts:
+        deadline += 60 * minutes[part]
+        for step in (step for step in todo if step.part == part):
+            print(f"{step.name} ...", end=" ", flush=True)
+            results.append(run(step, log, deadline - time.perf_counter()))
+            print(f"{results[-1]['status']} in {results[-1]['seconds']:.0f} s", flush=True)
+            content = {"environment": environment, "log": log.name, "steps": results}
+            report.write_to(path, content)
+        if part == "goldens":
+            keep_goldens(folder)
+    print(f"kept in {path}")
+    return results
+
+
+def run(step: Step, log: Path, seconds: float = float("inf")) -> dict[str, Any]:
+    """Run one step in at most so many seconds, its output appended to the log as it comes."""
+    limit = min(step.minutes * 60, seconds)
+    start, code = time.perf_counter(), None
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n===== {step.name}: {' '.join(step.command)}\n")
+        file.flush()
+        begin = file.tell()
+        if step.missing:
+            status = f"not run: {step.missing}"
+        elif limit < LEAST:
+            status = "not run: no time left in its portion"
+        else:
+            status, code = run_process(step.command, file, limit)
+    output = log.read_bytes()[begin:].decode(errors="replace")
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"\n===== {status}\n")
+    return {"name": step.name, "part": step.part, "command": list(step.command), "status": status,
+            "exit": code, "seconds": time.perf_counter() - start, "tail": output[-TAIL:]}  # fmt: skip
+
+
+def run_process(command: Sequence[str], file: Any, limit: float) -> tuple[str, int | None]:
+    """Status and exit code; after the limit it is ended, with all processes it has started."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=report.ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    except OSError as error:
+        return f"not run: {error}", None
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        end(process)
+        return f"stopped after {limit / 60:.1f} min", None
+    except BaseException:  # interrupted: nothing stays behind on the GPU
+        end(process)
+        raise
+    return ("passed" if code == 0 else "FAILED"), code
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process and its group: asked first, since pytest then still says what it has found."""
+    for sign, patience in ((signal.SIGINT, 5.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+    process.poll()
+
+
+def keep_goldens(folder: Path) -> None:
+    """Copy what was recorded to where the other results are."""
+    recorded = report.ROOT / "tests" / "golden"
+    if recorded.is_dir() and folder != report.RESULTS:
+        archive = shutil.make_archive(str(folder / "golden"), "gztar", recorded)
+        print(f"golden outputs in {archive}")
 
 
 def without_gpu(todo: Sequence[Step], reason: str) -> None:
     """Say what is missing, and measure what is not."""
     print(f"no GPU: {reason}\nOn a GPU this would run, each step in its own process:")
     for step in todo:
-        print(f"  {step.name:<12} {step.why} (at most {step.minutes:.0f} min)")
+        missing = f"   ({step.missing})" if step.missing else ""
+        print(
+            f"  {step.part:<10} {step.name:<20} {step.why}, at most {step.minutes:g} min{missing}"
+        )
     print("\nWhat a CPU can measure:")
     calls = host.call_times("sm_90a")
     for name, times in calls.items():
@@ -176,46 +196,34 @@ def without_gpu(todo: Sequence[Step], reason: str) -> None:
     print(f"kept in {report.write('gpu-check-cpu', content)}")
 
 
-def run(step: Step, log: Path) -> dict[str, Any]:
-    """Run one step, its output appended to the log."""
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            step.command,
-            cwd=report.ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=step.minutes * 60,
-        )
-        output, status = done.stdout, "passed" if done.returncode == 0 else "FAILED"
-        code: int | None = done.returncode
-    except subprocess.TimeoutExpired as error:
-        captured: Any = error.stdout or b""  # bytes even with text=True, on some versions
-        output = captured if isinstance(captured, str) else captured.decode(errors="replace")
-        status, code = f"stopped after {step.minutes:.0f} min", None
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"\n===== {step.name}: {' '.join(step.command)}\n{output}\n===== {status}\n")
-    seconds = time.perf_counter() - start
-    return {"name": step.name, "command": list(step.command), "status": status, "exit": code,
-            "seconds": seconds, "tail": output[-TAIL:]}  # fmt: skip
-
-
 def compile_all() -> int:
-    """Compile and load every kernel of the current device."""
+    """Compile every kernel of the current device in all processes, then load each."""
     import cupy
     from tqdm import tqdm
 
-    from cuflash import _cupy_device, _plan
+    from cuflash import _compile, _cupy_device, _plan
 
     device = _cupy_device.device(cupy.cuda.runtime.getDevice())
     start = time.perf_counter()
-    specs = list(_plan.all_specializations(device.arch))
-    for spec in tqdm(specs, unit="kernel", mininterval=5):
-        device.load(spec)
-    seconds = time.perf_counter() - start
-    print(f"{len(specs)} kernels for {device.arch} on {device.name} in {seconds:.0f} s")
-    return 0
+    specs = list(dict.fromkeys(_plan.all_specializations(device.arch)))
+    failed = []
+    # Fresh processes: a CUDA context does not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+        built = {pool.submit(_compile.build, spec): spec for spec in specs}
+        for future in tqdm(concurrent.futures.as_completed(built), total=len(specs), mininterval=5):
+            spec = built[future]
+            try:
+                future.result()
+                device.load(spec)
+            except Exception as error:  # one kernel more or less says nothing of the others
+                failed.append(f"{spec.name}: {error}")
+    print(
+        f"{len(specs)} kernels for {device.arch} on {device.name} in {time.perf_counter() - start:.0f} s"
+    )
+    for line in failed:
+        print(f"FAILED {line}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ def patterns(length: int, density: float, heads: int = 1) -> dict[str, BlockMask
     """
     blocks = length // BLOCK
     rng = np.random.default_rng(0)
-    keep = rng.permuted(np.arange(blocks) < round(density * blocks) * np.ones((blocks, 1)), axis=1)
+    keep = rng.permuted(
+        np.arange(blocks) < max(1, round(density * blocks)) * np.ones((blocks, 1)), axis=1
+    )
     found = {
         "random": BlockMask.from_blocks(keep.astype(bool), block_size=BLOCK, shape=(length, length))
     }

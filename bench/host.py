@@ -21,6 +21,8 @@ from bench.timing import host_seconds
 from cuflash import _compile, _plan
 from cuflash._device import Limits, use_device
 
+HOPPER = ("forward_sm90", "backward_sm90")
+
 
 class NullDevice:
     """A device on which everything happens but the launch; see `cuflash._device.Device`.
@@ -112,7 +114,8 @@ def compile_times(arch: str, head_dims: tuple[int, ...]) -> list[dict[str, Any]]
         if spec.element == "f16"
         and spec.head_dim in head_dims
         and spec.head_dim == spec.head_dim_v
-        and spec.kernel in ("forward", "backward_dkdv", "backward_dq")
+        and spec.kernel in ("forward", "backward_dkdv", "backward_dq", *HOPPER)
+        and spec.variant in ("linear", "accumulate_linear")
     ]
     _compile.digest()
     found = []

@@ -123,6 +123,7 @@ def measure(
     rounds: int,
     peak: roofline.Peak | None,
     free: Callable[[], Any] = lambda: None,
+    keep: Callable[[dict[str, Any]], Any] = lambda found: None,
 ) -> dict[str, Any]:
     """Rows of all cells, and what could not be measured, with the reason.
 
@@ -134,6 +135,8 @@ def measure(
         Inputs of a case.
     free
         Called between cases, when nothing of the last one is held any more.
+    keep
+        Called with what there is after every case: a run that ends early has not been for nothing.
     """
     rows: list[dict[str, Any]] = []
     missing: list[dict[str, str]] = []
@@ -150,11 +153,12 @@ def measure(
             ran[case.name] = kernels(x, case)
         del x, calls
         free()
+        keep({"rows": rows, "missing": missing, "kernels": ran})
     return {"rows": rows, "missing": missing, "kernels": ran}
 
 
-def on_gpu(cupy: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """The whole suite."""
+def on_gpu(cupy: Any, rounds: int, found: dict[str, Any], keep: Callable[[], Any]) -> None:
+    """The whole suite, into `found`; `keep` is called after every case."""
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     peak = roofline.peak(properties)
     gpu = properties["name"].decode()
@@ -164,18 +168,28 @@ def on_gpu(cupy: Any, options: argparse.Namespace) -> dict[str, Any]:
         cupy.get_default_memory_pool().free_all_blocks()
         baselines.free_torch()
 
-    def part(todo: Sequence[Case], decode: bool) -> dict[str, Any]:
+    def part(name: str, todo: Sequence[Case], decode: bool) -> None:
         peers = decode_methods() if decode else methods()
         directions = ("forward",) if decode else ("forward", "backward")
-        make = lambda case: baselines.make_inputs(case, cupy)  # noqa: E731
-        return measure(todo, peers, directions, timer, make, options.rounds, peak, free)
 
-    sweeps = [case for dtype in FORMATS for case in sweep(dtype)]
-    before = timing.clocks()
-    found = {"gpu": gpu, "peak": peak and {"tflops": peak.tflops, "source": peak.source}}
-    found |= {"sweep": part(sweeps, False), "decode": part(decode_cases(), True)}
-    bandwidth = next((b for name, b in BANDWIDTH.items() if name in gpu), None)
-    return found | {"bandwidth": bandwidth, "clocks": {"before": before, "after": timing.clocks()}}
+        def keep_part(content: dict[str, Any]) -> None:
+            found[name] = content
+            keep()
+
+        def make(case: Case) -> Inputs:
+            return baselines.make_inputs(case, cupy)
+
+        measure(todo, peers, directions, timer, make, rounds, peak, free, keep_part)
+
+    found |= {"gpu": gpu, "peak": peak and {"tflops": peak.tflops, "source": peak.source}}
+    found["bandwidth"] = next((b for name, b in BANDWIDTH.items() if name in gpu), None)
+    found["clocks"] = {"before": timing.clocks()}
+    nothing: dict[str, Any] = {"rows": [], "missing": [], "kernels": {}}
+    found |= {"sweep": nothing, "decode": nothing}
+    part("decode", decode_cases(), True)  # a minute at most, and the sweep may run out of time
+    part("sweep", [case for dtype in FORMATS for case in sweep(dtype)], False)
+    found["clocks"]["after"] = timing.clocks()
+    keep()
 
 
 def without_gpu(reason: str) -> dict[str, Any]:
@@ -198,10 +212,13 @@ def main(cupy: Any, reason: str | None, options: argparse.Namespace) -> int:
         found |= without_gpu(str(reason))
         print(f"\nkept in {report.write('paper-cpu', found)}")
         return 0
-    found |= on_gpu(cupy, options)
-    path = report.write("paper", found)
-    print(paper_report.markdown(found))
-    for made in paper_report.write_beside(path, found):
-        print(f"drawn in {made}")
-    print(f"kept in {path}")
+    path = report.path_for("paper")
+    try:
+        on_gpu(cupy, options.rounds, found, lambda: report.write_to(path, found))
+    finally:  # of a run that was ended, what there is
+        if "sweep" in found:
+            print(paper_report.markdown(found))
+            for made in paper_report.write_beside(path, found):
+                print(f"drawn in {made}")
+            print(f"kept in {path}")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,12 @@ import cuflash
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+RESULTS_VARIABLE = "CUFLASH_BENCH_RESULTS"  # another folder, for steps that run as processes
+
+
+def results() -> Path:
+    """Where results go."""
+    return Path(os.environ.get(RESULTS_VARIABLE) or RESULTS)
 
 
 def environment() -> dict[str, Any]:
@@ -41,11 +48,17 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def write(name: str, content: dict[str, Any]) -> Path:
-    """Keep results as bench/results/<date>-<name>.json."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def path_for(name: str) -> Path:
+    """Where results of now are to be kept: <date>-<name>.json."""
+    folder = results()
+    folder.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return write_to(RESULTS / f"{stamp}-{name}.json", content)
+    return folder / f"{stamp}-{name}.json"
+
+
+def write(name: str, content: dict[str, Any]) -> Path:
+    """Keep results as <date>-<name>.json."""
+    return write_to(path_for(name), content)
 
 
 def write_to(path: Path, content: dict[str, Any]) -> Path:
