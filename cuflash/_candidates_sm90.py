@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from cuflash import _candidates, _tuning_sm90
 from cuflash._candidates import OPTION_VARIANTS, Variant
 from cuflash._compile import Specialization
@@ -17,6 +19,11 @@ from cuflash._views import merge_axes
 ARCH = "sm_90a"
 ELEMENTS = ("float16", "bfloat16")
 MAX_STRIDE = 2**40  # bytes
+# Blocks that walk the keys of one head at a time, at least: four tiles of queries per tile of keys read
+# from memory are work enough to hide it.
+_BLOCKS_PER_HEAD = 4
+# Where planning stops to look for the best order.
+_MOST_TILES, _MOST_SECTIONS = 200_000, 24
 
 
 def dim_pair(head_dim: int, head_dim_v: int) -> tuple[int, int]:
@@ -46,6 +53,55 @@ def memory_refusals(problem: Problem) -> list[str]:
                 f"{name}: strides {operand.strides} bytes, tensor maps want positive ones"
             )
     return reasons
+
+
+def grows(problem: Problem) -> bool:
+    """Whether later rows see more keys: with a right bound and no left one."""
+    return problem.right is not None and problem.left is None
+
+
+def heads_per_section(problem: Problem, spec: Specialization, limits: Limits) -> int:
+    """How many query heads to walk together.
+
+    Equal tiles: those whose K and V share the L2 cache. Tiles that grow with their row are dealt out
+    longest first, to and fro (`work_number` in sm90_ring.cuh), and how even that comes out depends on
+    how the sections' ends fall: the smallest section whose blocks end together within a hundredth of
+    the best one. Blocks of a head walk the same keys at the same time, so as long as a few of them run
+    at once the cache serves them whatever a section holds.
+    """
+    fitting = _candidates.heads_per_section(problem, limits)
+    if not grows(problem) or problem.packed is not None:
+        return fitting
+    total = _candidates.total_heads(problem, problem.heads)
+    group = problem.heads // problem.heads_kv
+    costs = tile_costs(problem, spec)
+    if total * len(costs) > _MOST_TILES:
+        return fitting
+    most = min(total, max(fitting, limits.sm_count // _BLOCKS_PER_HEAD * group))
+    steps = range(group, most + 1, group * max(1, most // group // _MOST_SECTIONS))
+    lasts = {n: last_end(costs, total, n, limits.sm_count) for n in {*steps, most}}
+    good = min(lasts.values()) * 1.01
+    return min(n for n, last in lasts.items() if last <= good)
+
+
+def tile_costs(problem: Problem, spec: Specialization) -> np.ndarray:
+    """Key tiles that each tile of queries walks, longest first; one more for its beginning and end."""
+    block_q, block_k = spec.constant("BLOCK_Q"), spec.constant("BLOCK_K")
+    assert problem.right is not None
+    ends = np.minimum(np.arange(block_q, problem.len_q + block_q, block_q), problem.len_q)
+    keys = np.clip(ends + problem.q_offset + problem.right, 0, problem.len_k)
+    return 1 + -(-keys[::-1] // block_k)
+
+
+def last_end(costs: np.ndarray, heads: int, section: int, blocks: int) -> int:
+    """When the last block is done, if tiles are dealt out as kernels do it."""
+    whole, rest = divmod(heads, section)
+    order = np.concatenate((np.tile(np.repeat(costs, section), whole), np.repeat(costs, rest)))
+    turns = np.zeros(-(-len(order) // blocks) * blocks, np.int64)
+    turns[: len(order)] = order
+    turns = turns.reshape(-1, blocks)
+    turns[1::2] = turns[1::2, ::-1]
+    return int(turns.sum(axis=0).max())
 
 
 class ForwardSm90:
@@ -112,8 +168,8 @@ class ForwardSm90:
         spec = self.specialization(arch, element, dims, variant_of(problem))
         schedule = Schedule(
             tiles=_candidates.tiles_of(problem, spec.constant("BLOCK_Q")),
-            heads_per_section=_candidates.heads_per_section(problem, limits),
-            longest_last=problem.right is not None and problem.left is None,
+            heads_per_section=heads_per_section(problem, spec, limits),
+            longest_last=grows(problem),
         )
         heads = _candidates.total_heads(problem, problem.heads)
         # Blocks stay: one per multiprocessor.

@@ -101,4 +101,5 @@ def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:
 def _forward_bytes(tile: Tile, head_dim: int, head_dim_v: int, apart: bool) -> int:
     k, v = (2 * SLAB * slabs(d) for d in (head_dim, head_dim_v))  # bytes of a row
     tiles = tile.block_q * (k + (v if apart else 0)) + tile.stages * tile.block_k * (k + v)
-    return tiles + 16 * (1 + 2 * tile.stages) + ALIGNMENT
+    # Barriers: 16 bytes per tile in shared memory, 32 per tile of V that is looked at.
+    return tiles + 16 * (1 + 2 * tile.stages) + 32 * tile.stages + ALIGNMENT

@@ -6,14 +6,14 @@
 #include "masks.cuh"
 #include "tile.cuh"
 
-// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; THREADS threads,
-// the block's first. True if this thread found any.
+// Replaces infinities and NaNs of a landed tile (or of ROWS of its rows) by zeros; THREADS threads, of
+// which this one is number `thread`. True if it found any.
 template <class Element, class Tile, int THREADS, int ROWS = Tile::ROWS>
-DEV bool remove_own_non_finite(u32 smem, int first_row = 0) {
+DEV bool remove_own_non_finite(u32 smem, int first_row = 0, unsigned thread = fresh_thread_id()) {
     constexpr int CHUNKS = Tile::COLUMNS / Tile::PER_CHUNK;
     bool found = false;
 #pragma unroll 1
-    for (unsigned i = fresh_thread_id(); i < ROWS * CHUNKS; i += THREADS) {
+    for (unsigned i = thread; i < ROWS * CHUNKS; i += THREADS) {
         const u32 at = smem + Tile::offset(first_row + i / CHUNKS, i % CHUNKS * Tile::PER_CHUNK);
         const uint4 chunk = ld_shared_v4(at);
         const uint4 clean = Element::finite_chunk(chunk);

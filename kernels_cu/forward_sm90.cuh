@@ -12,6 +12,9 @@
 #include "forward.cuh"
 #include "sm90_ring.cuh"
 
+// Beside the one that copies.
+constexpr int LOOKING_WARPS = 3;
+
 template <class C> struct ForwardSm90Layout {
     using QTile = SlabTile<C::BLOCK_Q, C::HEAD_DIM>;
     using KTile = SlabTile<C::BLOCK_K, C::HEAD_DIM>;
@@ -26,8 +29,10 @@ template <class C> struct ForwardSm90Layout {
     static constexpr int Q = 0, K = QTile::BYTES, V = K + KRing::BYTES;
     static constexpr int OUT = C::OUT_APART ? V + VRing::BYTES : Q;
     static constexpr int BARRIERS = C::OUT_APART ? OUT + OutTile::BYTES : V + VRing::BYTES;
-    static constexpr int BYTES = BARRIERS + QRing::BARRIER_BYTES + KRing::BARRIER_BYTES +
-                                 VRing::BARRIER_BYTES + 1024;  // up to the first multiple of 1024
+    // Of the last three warps: when they have looked at a tile of V, and what they found.
+    static constexpr int LOOKS =
+        BARRIERS + QRing::BARRIER_BYTES + KRing::BARRIER_BYTES + VRing::BARRIER_BYTES;
+    static constexpr int BYTES = LOOKS + C::STAGES * 32 + 1024;  // up to the first multiple of 1024
     static_assert(BYTES == C::SHARED_BYTES,
                   "forward_shared_bytes in _tuning_sm90.py computes the same sum");
     static_assert(C::BLOCK_Q == GROUPS * 64, "a warpgroup has 64 rows");
@@ -36,17 +41,30 @@ template <class C> struct ForwardSm90Layout {
     QRing q;
     KRing k;
     VRing v;
-    u32 out;
+    u32 out, looks;
 
     DEV_METHOD explicit ForwardSm90Layout(u32 smem)
         : q{smem + Q, smem + BARRIERS},
           k{smem + K, q.barriers + QRing::BARRIER_BYTES},
           v{smem + V, k.barriers + KRing::BARRIER_BYTES},
-          out(smem + OUT) {}
+          out(smem + OUT),
+          looks(smem + LOOKS) {}
+
+    // Looks are counted from 0.
+    DEV_METHOD u32 looked(unsigned n) const { return looks + n % C::STAGES * 32; }
+    DEV_METHOD u32 found(unsigned n, int warp) const { return looked(n) + 16 + warp * 4; }
+    DEV_METHOD void init() const {
+        q.init(GROUPS * 4);
+        k.init(GROUPS * 4);
+        v.init(GROUPS * 4 + LOOKING_WARPS);
+#pragma unroll
+        for (int n = 0; n < C::STAGES; ++n) mbarrier_init(looked(n), LOOKING_WARPS);
+        fence_mbarrier_init();
+    }
 };
 
 // Named barriers.
-constexpr int BARRIER_TURN = 1, BARRIER_GROUP = 4, BARRIER_VOTE = 7;  // the first two: + group
+constexpr int BARRIER_TURN = 1, BARRIER_GROUP = 4;  // + group
 
 // Calls step(p, work, number of the tile of queries among those of this block) for every piece of work
 // of this block. p: the call's params, or those of the sequence.
@@ -84,6 +102,9 @@ template <class C> DEV void copy_tiles(const ForwardSm90Params& params, u32 smem
     using L = ForwardSm90Layout<C>;
     const L l(smem);
     unsigned k_count = 0, v_count = 0;
+    prefetch_tensor_map(&params.q_map);
+    prefetch_tensor_map(&params.k_map);
+    prefetch_tensor_map(&params.v_map);
     each_work<C>(params, [&](const ForwardParams& p, const Work& work, unsigned n) {
         const int first_row = work.tile * C::BLOCK_Q, head_kv = work.head / p.shape.group;
         const MapPlace q_place(p.q_strides, work, work.head);
@@ -115,6 +136,49 @@ template <class C> DEV void copy_tiles(const ForwardSm90Params& params, u32 smem
     });
 }
 
+// May infinities and NaNs of a tile of V reach rows that must not see them? Masked pairs have weight 0, and
+// 0 * NaN is NaN. Behind a packed sequence there are rows of the next one.
+template <class C>
+DEV bool leaks(const ForwardParams& p, const typename C::Mask& mask, Range rows, int tile) {
+    const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
+    return mask.isolates(rows, keys, tile) || (C::PACKED && keys.end > p.shape.len_k);
+}
+
+// The warps beside the copying one: take infinities and NaNs out of the tiles of V that leak, before
+// anybody multiplies with them.
+template <class C> DEV void look_at_values(const ForwardSm90Params& params, u32 smem) {
+    using L = ForwardSm90Layout<C>;
+    constexpr int FIRST_WARP = C::WARPS - LOOKING_WARPS;
+    const L l(smem);
+    unsigned v_count = 0, looks = 0;
+    each_work<C>(params, [&](const ForwardParams& p, const Work& work, unsigned) {
+        const int first_row = work.tile * C::BLOCK_Q;
+        const Range rows{first_row, first_row + C::BLOCK_Q};
+        const typename C::Mask mask(p, work, work.head);
+        const Range tiles = key_tiles<C>(mask, rows);
+        for (int tile = tiles.begin; tile < tiles.end;
+             tile = mask.next_tile(tile + 1, tiles.end), ++v_count) {
+            // Of every tile: parities tell a phase only from its neighbours.
+            l.v.wait(v_count);
+            if (leaks<C>(p, mask, rows, tile)) {
+                const bool mine =
+                    remove_own_non_finite<typename C::Element, typename L::VTile::Plain,
+                                          LOOKING_WARPS * 32>(l.v.tile(v_count), 0,
+                                                              fresh_thread_id() - FIRST_WARP * 32);
+                fence_proxy_async();
+                const bool found = __any_sync(FULL_WARP, mine);
+                __syncwarp();
+                if (lane_id() == 0) {
+                    st_shared_u32(l.found(looks, warp_id() - FIRST_WARP), found);
+                    mbarrier_arrive(l.looked(looks));
+                }
+                ++looks;
+            }
+            l.v.release(v_count);
+        }
+    });
+}
+
 #include "forward_sm90_consumer.cuh"
 
 template <class C> DEV void forward_sm90(const ForwardSm90Params& p) {
@@ -128,17 +192,14 @@ template <class C> DEV void forward_sm90(const ForwardSm90Params& p) {
                 write_nan<C>(p, number);
             return;
         }
-    if (threadIdx.x == 0) {
-        const L l(smem);
-        l.q.init(L::GROUPS * 4);
-        l.k.init(L::GROUPS * 4);
-        l.v.init(L::GROUPS * 4);
-        fence_mbarrier_init();
-    }
+    if (threadIdx.x == 0) L(smem).init();
     __syncthreads();
     if (warp_id() >= L::GROUPS * 4) {
         setmaxnreg_dec<C::COPY_REGISTERS>();
-        if (warp_id() == L::GROUPS * 4 && elect_one()) copy_tiles<C>(p, smem);
+        if (warp_id() > L::GROUPS * 4)
+            look_at_values<C>(p, smem);
+        else if (elect_one())
+            copy_tiles<C>(p, smem);
     } else {
         setmaxnreg_inc<C::REGISTERS>();
         attend<C>(p, smem);

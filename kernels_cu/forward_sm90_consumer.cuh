@@ -33,7 +33,7 @@ template <class C> struct Warpgroup {
 
     const ForwardSm90Params& params;  // for its maps
     L l;
-    unsigned k_count = 0, v_count = 0;
+    unsigned k_count = 0, v_count = 0, looks = 0;
 
     DEV_METHOD Warpgroup(const ForwardSm90Params& p, u32 smem) : params(p), l(smem) {}
 
@@ -98,19 +98,18 @@ template <class C> struct Warpgroup {
         return rise;
     }
 
-    // Infinities and NaNs of V that meet masked pairs are taken out, by all warpgroups together: they
-    // see the same tiles in the same order. Before a turn is taken: nobody waits here for somebody who
-    // waits for his turn.
-    DEV_METHOD bool clean(const ForwardParams& p, const typename C::Mask& mask, Range rows,
-                          int tile) const {
-        const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
-        // Behind a packed sequence there are rows of the next one.
-        const bool foreign = C::PACKED && keys.end > p.shape.len_k;
-        if (!foreign && !mask.isolates(rows, keys, tile)) return false;
-        const bool found =
-            remove_own_non_finite<E, typename L::VTile::Plain, L::CONSUMERS>(l.v.tile(v_count));
-        fence_proxy_async();
-        return named_barrier_or(BARRIER_VOTE, L::CONSUMERS, found);
+    // Waits for the tile of V; true if something was taken out of it.
+    DEV_METHOD bool wait_for_values(const ForwardParams& p, const typename C::Mask& mask,
+                                    Range rows, int tile) {
+        l.v.wait(v_count);
+        if (!leaks<C>(p, mask, rows, tile)) return false;
+        mbarrier_wait(l.looked(looks), looks / C::STAGES % 2);
+        u32 found = 0u;
+#pragma unroll
+        for (int warp = 0; warp < LOOKING_WARPS; ++warp)
+            found |= ld_shared_u32(l.found(looks, warp));
+        ++looks;
+        return found != 0u;
     }
 
     // One tile of queries.
@@ -139,8 +138,7 @@ template <class C> struct Warpgroup {
             for (int next = mask.next_tile(now + 1, tiles.end); next < tiles.end;
                  now = next, next = mask.next_tile(now + 1, tiles.end)) {
                 l.k.wait(k_count);
-                l.v.wait(v_count);
-                repaired |= clean(p, mask, rows, now);
+                repaired |= wait_for_values(p, mask, rows, now);
                 take_turn();
                 wgmma_fence();
                 start_scores(s, l.q.tile(n), l.k.tile(k_count));
@@ -150,6 +148,7 @@ template <class C> struct Warpgroup {
                 wgmma_pin(s);
                 l.k.release(k_count++);
                 const auto rise = weigh(s, softmax, p, work, mask, score, next);
+                finish_before_wait(softmax.sum[0][0], softmax.sum[0][1]);
                 wgmma_wait<0>();
                 wgmma_pin(o);
                 l.v.release(v_count++);
@@ -157,8 +156,7 @@ template <class C> struct Warpgroup {
                 weights = Weights(s);
             }
             if constexpr (C::OUT_APART) l.q.release(n);
-            l.v.wait(v_count);
-            repaired |= clean(p, mask, rows, now);
+            repaired |= wait_for_values(p, mask, rows, now);
             wgmma_fence();
             start_output(o, weights, l.v.tile(v_count));
             wgmma_wait<0>();
@@ -217,7 +215,7 @@ template <class C> struct Warpgroup {
             __syncwarp();
         }
     }
-    // What `clean` took out comes back to the pairs that see it.
+    // What look_at_values took out comes back to the pairs that see it.
     DEV_METHOD void repair(const ForwardParams& p, const Work& work, int row) const {
         const typename C::Mask mask(p, work, work.head);
         const int first_row = work.tile * C::BLOCK_Q;
@@ -225,7 +223,7 @@ template <class C> struct Warpgroup {
         const auto v_gmem = value_rows<C>(p, work, 0);
         for (int tile = tiles.begin; tile < tiles.end; tile = mask.next_tile(tile + 1, tiles.end)) {
             const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
-            if (mask.isolates(rows, keys, tile) || (C::PACKED && keys.end > p.shape.len_k))
+            if (leaks<C>(p, mask, rows, tile))
                 add_non_finite<E, typename L::OutTile::Plain, 16>(
                     l.out, row, v_gmem, keys, 1.f,
                     [&](int r, int key) { return mask.keep(first_row + r, key); });

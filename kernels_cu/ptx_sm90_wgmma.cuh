@@ -28,6 +28,11 @@ template <int N8> DEV void wgmma_pin(Accumulator<1, N8>& d) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d.x[0][n][e])::"memory");
 }
+// What x and y (>= 0, or NaN) are made of is computed here, while products are under way. ptxas sees no reason
+// to do arithmetic before a wait, and moves it behind; but not past a branch, which nobody takes.
+DEV void finish_before_wait(float x, float y) {
+    if (x < 0.f || y < 0.f) __nanosleep(1);
+}
 
 // ---- descriptors of operands in shared memory ---------------------------------------------------
 // A tile is kept as slabs of 64 columns (rows of 128 bytes, 128-byte swizzle), one behind the other, each

@@ -47,15 +47,21 @@ def specialization(arch: str, kernel: str, element: str, dim: int) -> Specializa
 
 
 @functools.cache
-def opcodes(arch: str, kernel: str, element: str, dim: int) -> dict[str, int]:
-    """How often each machine instruction occurs, by its full name ("STG.E.128")."""
+def listing(arch: str, kernel: str, element: str, dim: int) -> str:
+    """The machine code of a kernel as text."""
     _, _, cubin = matrix.compile_one(specialization(arch, kernel, element, dim), 12)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        text = subprocess.run(
+        return subprocess.run(
             [nvdisasm(), "-c", path], check=True, capture_output=True, text=True
         ).stdout
+
+
+@functools.cache
+def opcodes(arch: str, kernel: str, element: str, dim: int) -> dict[str, int]:
+    """How often each machine instruction occurs, by its full name ("STG.E.128")."""
+    text = listing(arch, kernel, element, dim)
     found: dict[str, int] = {}
     for name in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M):
         found[name] = found.get(name, 0) + 1
