@@ -125,6 +125,7 @@ def specialize(
             ("SHARED_BYTES", shared),
             ("Q_IN_REGISTERS", bool(tile.q_in_registers)),
             *variant.constants,
+            *(("SLICE", tile.slice_columns),) * bool(tile.slice_columns),
             *extra.items(),
         ),
         preamble=variant.expression,
@@ -182,10 +183,8 @@ def elements(arch: str) -> tuple[str, ...]:
     return ("f16", "f32", "f64") if arch == "sm_75" else ("f16", "bf16", "f32", TF32, "f64")
 
 
-def forward_tile(
-    element: str, arch: str, dims: tuple[int, int], variant: Variant
-) -> _tuning.Tile | None:
-    """The forward tile; None where shared memory is too small for any."""
+def forward_tile(element: str, arch: str, dims: tuple[int, int], variant: Variant) -> _tuning.Tile:
+    """The forward tile."""
     item = ITEM_BYTES[element]
     if item == 2:
         general = variant.score == "general"
@@ -211,19 +210,13 @@ class Forward:
         """See Candidate."""
         if problem.direction != "forward":
             return [f"does not compute {problem.direction}"]
-        reasons = common_refusals(problem, arch)
-        if not reasons:
-            dims = dim_pair(problem.head_dim, problem.head_dim_v)
-            if forward_tile(element_of(problem, arch), arch, dims, variant_of(problem)) is None:
-                reasons.append(f"head_dim {dims[0]} of {problem.dtype} exceeds shared memory")
-        return reasons
+        return common_refusals(problem, arch)
 
     def specialization(
         self, arch: str, element: str, dims: tuple[int, int], variant: Variant
     ) -> Specialization:
         """The kernel for one (element, dims, variant)."""
         tile = forward_tile(element, arch, dims, variant)
-        assert tile is not None, "refused"
         item = ITEM_BYTES[element]
         if item == 2:
             shared = _tuning.forward_shared_bytes(tile, *dims)
@@ -235,8 +228,6 @@ class Forward:
         """See Candidate."""
         for element in elements(arch):
             for dims in DIM_PAIRS:
-                if forward_tile(element, arch, dims, Variant()) is None:
-                    continue
                 for variant in listed_variants(element, dims):
                     yield self.specialization(arch, element, dims, variant)
 

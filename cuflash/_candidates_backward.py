@@ -64,15 +64,7 @@ class Backward:
         """See Candidate."""
         if problem.direction != "backward":
             return [f"does not compute {problem.direction}"]
-        reasons = common_refusals(problem, arch)
-        if reasons:
-            return reasons
-        dims, element = dim_pair(problem.head_dim, problem.head_dim_v), element_of(problem, arch)
-        return [
-            f"{kernel} for head_dim {dims[0]} of {problem.dtype} exceeds shared memory"
-            for kernel, wanted in _kernels_wanted(problem)
-            if wanted and tile_of(kernel, arch, element, dims) is None
-        ]
+        return common_refusals(problem, arch)
 
     def specialization(
         self,
@@ -90,9 +82,7 @@ class Backward:
             score = "linear" if variant.score == "linear" else "shaped"
             variant = Variant(score, packed=variant.packed)
         roomy = variant.score == "general" or (variant.score == "shaped" and not variant.plain)
-        found = tile_of(row, arch, element, dims, options=roomy)
-        assert found is not None, "refused"
-        tile, shared = found
+        tile, shared = tile_of(row, arch, element, dims, options=roomy)
         if kernel == "backward_convert":
             prefix = "permuted" if permuted else ""
             extra = {"DQ_PERMUTED": permuted}
@@ -144,9 +134,7 @@ class Backward:
         if not wanted:
             return None
         kernel, element = "backward_score", element_of(problem, arch)
-        found = tile_of(kernel, arch, element, dims)
-        assert found is not None, "refused"
-        tile, shared = found
+        tile, shared = tile_of(kernel, arch, element, dims)
         prefix = f"of{wanted}"
         return specialize(kernel, arch, element, dims, variant, tile, shared, prefix, WANTED=wanted)
 
@@ -170,10 +158,7 @@ class Backward:
         names += ["backward_slopes", "backward_sinks"] if variant.score != "linear" else []
         names += ["backward_bias"] if variant.bias else []
         for name in names:
-            if tile_of(name, arch, element, dims) is not None:
-                yield self.specialization(name, arch, element, dims, variant)
-        if tile_of("backward_dkdv", arch, element, dims) is None:
-            return
+            yield self.specialization(name, arch, element, dims, variant)
         for accumulate in (False, True) if gathers(arch, dims, variant, element) else (False,):
             yield self.specialization("backward_dkdv", arch, element, dims, variant, accumulate)
 
@@ -184,8 +169,8 @@ class Backward:
 
 def tile_of(
     kernel: str, arch: str, element: str, dims: tuple[int, int], *, options: bool = False
-) -> tuple[_tuning.Tile, int] | None:
-    """Tile and shared memory of a kernel; None where shared memory is too small for any.
+) -> tuple[_tuning.Tile, int]:
+    """Tile and shared memory of a kernel.
 
     `options`: of a general score, or of soft cap or ALiBi with an option.
     """
@@ -194,20 +179,7 @@ def tile_of(
         tile = _tuning.backward_tile(kernel, arch, *dims, options=options)
         return tile, _tuning.backward_shared_bytes(kernel, tile, *dims)
     wide = _tuning_wide.backward_tile(item, kernel, arch, *dims)
-    if wide is None:
-        return None
     return wide, _tuning_wide.backward_shared_bytes(item, kernel, wide, *dims)
-
-
-def _kernels_wanted(problem: Problem) -> tuple[tuple[str, bool], ...]:
-    """Kernels that need shared memory, and whether the gradients in `wrt` take them."""
-    wrt = problem.wrt
-    return (
-        ("backward_dkdv", "k" in wrt or "v" in wrt),
-        ("backward_dq", "q" in wrt or "alibi_slopes" in wrt),
-        ("backward_bias", "bias" in wrt),
-        ("backward_score", any(name in wrt for name in problem.score_params)),
-    )
 
 
 def gathers(arch: str, dims: tuple[int, int], variant: Variant, element: str) -> bool:

@@ -88,8 +88,6 @@ class SplitForward:
         """See Candidate."""
         for element in _candidates.elements(arch):
             for dims in _candidates.DIM_PAIRS:
-                if _candidates.forward_tile(element, arch, dims, Variant()) is None:
-                    continue
                 variants = _candidates.listed_variants(element, dims)
                 chosen = [v for v in variants if v.plain]
                 if len(variants) > len(chosen):

@@ -98,11 +98,8 @@ def describe_refusals(problem: Problem, arch: str) -> str:
         if not reason.startswith("does not compute")
     ]
     way_out = "head dims up to 256"
-    if problem.head_dim <= 256 and problem.head_dim_v <= 256:
-        if problem.dtype == "bfloat16":
-            way_out = "float16"
-        elif problem.dtype == "float64":
-            way_out = "smaller head dims, or float32"
+    if problem.dtype == "bfloat16" and max(problem.head_dim, problem.head_dim_v) <= 256:
+        way_out = "float16"
     return (
         f"no kernel for {what}.\n"
         + "\n".join(rows)

@@ -36,6 +36,9 @@ class Tile:
     q_in_registers : bool
         Keep the fragments of Q in registers instead of reading them from shared memory for every
         key tile.
+    slice_columns : int
+        Nothing stays in shared memory: operands come in slices of so many columns (wide_slices.cuh);
+        0 for whole tiles.
     """
 
     block_q: int
@@ -44,6 +47,7 @@ class Tile:
     stages: int = 1
     min_blocks: int = 1
     q_in_registers: bool = False
+    slice_columns: int = 0
 
 
 def family(arch: str) -> str:

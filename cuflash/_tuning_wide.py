@@ -4,7 +4,8 @@ Rows are keyed by (bytes of an element, architecture family, (HEAD_DIM, HEAD_DIM
 16 x 16 block takes 8 (TF32), 16 (three TF32 products, float64) registers instead of 4, a float64
 accumulator twice those of float32, and a row of a tile two or four times the shared memory: a warp
 owns 16 rows, and 32 only where the head dim leaves room. A float64 accumulator of more than 128
-columns does not fit the registers: forward and backward make such results in two parts.
+columns does not fit the registers: forward and backward make such results in two parts. Where even the
+smallest tiles of whole rows exceed shared memory, operands come in slices of columns.
 
 2026-11-21, chosen.
 """
@@ -48,8 +49,9 @@ FORWARD: dict[Key, Tile] = {
     (8, "sm_75", (64, 64)): Tile(64, 32, 4),
     (8, "sm_75", (96, 96)): Tile(32, 16, 2),
     (8, "sm_75", (128, 128)): Tile(32, 16, 2),
-    (8, "sm_75", (192, 128)): Tile(16, 16, 1),
-    (8, "sm_75", (192, 192)): Tile(16, 16, 1),
+    (8, "sm_75", (192, 128)): Tile(64, 16, 4, slice_columns=64),
+    (8, "sm_75", (192, 192)): Tile(64, 16, 4, slice_columns=64),
+    (8, "sm_75", (256, 256)): Tile(64, 16, 4, slice_columns=64),
     (8, "sm_80", (32, 32)): Tile(64, 32, 4, stages=2, min_blocks=2),
     (8, "sm_80", (64, 64)): Tile(64, 32, 4, stages=2),
     (8, "sm_80", (96, 96)): Tile(64, 32, 4),
@@ -63,7 +65,7 @@ FORWARD: dict[Key, Tile] = {
     (8, "sm_86", (128, 128)): Tile(64, 16, 4),
     (8, "sm_86", (192, 128)): Tile(32, 16, 2),
     (8, "sm_86", (192, 192)): Tile(32, 16, 2),
-    (8, "sm_86", (256, 256)): Tile(16, 16, 1),
+    (8, "sm_86", (256, 256)): Tile(64, 16, 4, slice_columns=64),
     (8, "sm_90", (32, 32)): Tile(64, 32, 4, stages=2, min_blocks=2),
     (8, "sm_90", (64, 64)): Tile(128, 32, 8, stages=2),
     (8, "sm_90", (96, 96)): Tile(128, 32, 8, stages=2),
@@ -83,7 +85,7 @@ BACKWARD_DQ = (
     Tile(64, 32, 4),
     Tile(64, 16, 4),
     Tile(32, 16, 2),
-    Tile(16, 16, 1),
+    Tile(64, 16, 4, slice_columns=64),
 )
 BACKWARD_DKDV = (
     Tile(32, 128, 8, stages=2),
@@ -92,9 +94,15 @@ BACKWARD_DKDV = (
     Tile(32, 64, 4),
     Tile(16, 64, 4),
     Tile(16, 32, 2),
-    Tile(16, 16, 1),
+    Tile(16, 64, 4, slice_columns=64),
+    Tile(16, 32, 2, slice_columns=64),
 )
-BACKWARD_PAIRS = (Tile(64, 32, 4), Tile(32, 32, 2), Tile(32, 16, 2), Tile(16, 16, 1))
+BACKWARD_PAIRS = (
+    Tile(64, 32, 4),
+    Tile(32, 32, 2),
+    Tile(32, 16, 2),
+    Tile(64, 16, 4, slice_columns=64),
+)
 # Shared memory that one block may have: CUDA programming guide, table of technical specifications.
 SHARED_BYTES = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
@@ -103,6 +111,11 @@ def backward_shared_bytes(
     item: int, kernel: str, tile: Tile, head_dim: int, head_dim_v: int
 ) -> int:
     """As `_tuning.backward_shared_bytes`; statistics of rows have the size of an element."""
+    if tile.slice_columns:
+        columns = part(item, head_dim)
+        if kernel == "backward_dkdv":
+            columns = max(columns, part(item, head_dim_v))
+        return _sliced_bytes(item, kernel, tile, columns)
     row = item * (head_dim + head_dim_v)
     if kernel == "backward_dkdv":
         return tile.block_k * row + tile.stages * tile.block_q * (row + 2 * item)
@@ -113,8 +126,17 @@ def backward_shared_bytes(
     return 0
 
 
-def backward_tile(item: int, kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Tile | None:
-    """The tile of one of the backward kernels; None where shared memory is too small for any."""
+def _sliced_bytes(item: int, kernel: str, tile: Tile, columns: int) -> int:
+    """Slices of both operands; where they were, `columns` of a whole tile, and what is staged."""
+    slices = item * tile.slice_columns * (tile.block_q + tile.block_k)
+    whole = item * max(tile.block_q, tile.block_k) * columns
+    if kernel in ("backward_bias", "backward_score"):
+        return slices
+    return max(slices, whole) + (2 * item * tile.block_q if kernel == "backward_dkdv" else 0)
+
+
+def backward_tile(item: int, kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Tile:
+    """The tile of one of the backward kernels."""
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
     tiles: tuple[Tile, ...]
@@ -129,7 +151,7 @@ def backward_tile(item: int, kernel: str, arch: str, head_dim: int, head_dim_v: 
         for tile in tiles
         if backward_shared_bytes(item, kernel, tile, head_dim, head_dim_v) <= room
     )
-    return next(fits, None)
+    return next(fits)
 
 
 def part(item: int, columns: int) -> int:
@@ -137,12 +159,14 @@ def part(item: int, columns: int) -> int:
     return columns // 2 if item == 8 and columns > 128 else columns
 
 
-def forward_tile(item: int, arch: str, head_dim: int, head_dim_v: int) -> Tile | None:
-    """The forward tile of compiled head dims; None where shared memory is too small for any."""
-    return FORWARD.get((item, family(arch), (head_dim, head_dim_v)))
+def forward_tile(item: int, arch: str, head_dim: int, head_dim_v: int) -> Tile:
+    """The forward tile of compiled head dims."""
+    return FORWARD[item, family(arch), (head_dim, head_dim_v)]
 
 
 def forward_shared_bytes(item: int, tile: Tile, head_dim: int, head_dim_v: int) -> int:
     """As `_tuning.forward_shared_bytes`."""
+    if tile.slice_columns:
+        return _sliced_bytes(item, "forward", tile, part(item, head_dim_v))
     keys = tile.stages * tile.block_k * (head_dim + part(item, head_dim_v))
     return item * (tile.block_q * head_dim + keys)

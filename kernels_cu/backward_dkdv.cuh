@@ -10,6 +10,32 @@
 
 namespace backward {
 
+// Shared memory of a kernel that takes slices: operands, later what is staged, then the statistics.
+template <class C> struct KeyLayoutOfSlices {
+    using Storage = typename C::Element::Storage;
+    static constexpr int REAL_BYTES = sizeof(typename C::Element::Real);
+    static constexpr int PART =
+        larger_of(part_columns<C>(C::HEAD_DIM), part_columns<C>(C::HEAD_DIM_V));
+    static_assert(C::STAGES == 1, "slices are used at once");
+    using Operands = Slices<C, C::BLOCK_K, C::BLOCK_Q>;
+    // Names that the other layout has.
+    using TileK = typename Operands::TileA;
+    using TileV = TileK;
+    using TileQ = typename Operands::TileB;
+    using TileDout = TileQ;
+    static constexpr int ROWS = larger_of(C::BLOCK_Q, C::BLOCK_K);
+    static constexpr int STATISTICS =
+        larger_of(Operands::BYTES, ROWS * PART * (int)sizeof(Storage));
+    static constexpr int BYTES = STATISTICS + C::BLOCK_Q * 2 * REAL_BYTES;
+    static_assert(BYTES == C::SHARED_BYTES,
+                  "_tuning_wide.backward_shared_bytes disagrees with the layout");
+
+    u32 operands, k, v, ds;  // k and v: where gradients are staged
+    DEV_METHOD explicit KeyLayoutOfSlices(u32 base) : operands(base), k(base), v(base), ds(base) {}
+    DEV_METHOD u32 lse_log2(int) const { return operands + STATISTICS; }
+    static constexpr int DELTA = C::BLOCK_Q * REAL_BYTES;
+};
+
 // Shared memory: the key tiles stay, query tiles and their statistics come in STAGES buffers.
 template <class C> struct KeyLayout {
     using Storage = typename C::Element::Storage;
@@ -51,7 +77,8 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
     using Real = typename Element::Real;
     using Mask = typename C::Mask;
     using Score = typename C::Score;
-    using Layout = KeyLayout<C>;
+    static constexpr bool SLICED = SLICE<C> > 0;
+    using Layout = Chosen<SLICED, KeyLayoutOfSlices<C>, KeyLayout<C>>;
     using Dq = QueryAccumulator<C>;
     using TileQ = typename Layout::TileQ;
     using TileDout = typename Layout::TileDout;
@@ -206,20 +233,27 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                                   p.shape.head_dim, p.shape.flags & FLAG_K_VECTOR);
     }
 
-    DEV_METHOD void load_keys() {
-        load_tile<TileK>(k_gmem(), layout.k, first_key);
-        if (!WANT_DK) return;
+    DEV_METHOD GlobalRows<Storage> v_gmem() const {
         const Work work = key_work();
-        load_tile<TileV>(head_rows<Storage>(p.v, p.v_strides, work, work.head, p.shape.len_k,
-                                            p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR),
-                         layout.v, first_key);
+        return head_rows<Storage>(p.v, p.v_strides, work, work.head, p.shape.len_k,
+                                  p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR);
+    }
+
+    DEV_METHOD void load_keys() {
+        if constexpr (!SLICED) {
+            load_tile<TileK>(k_gmem(), layout.k, first_key);
+            if (!WANT_DK) return;
+            load_tile<TileV>(v_gmem(), layout.v, first_key);
+        }
     }
 
     // Starts the copies of a tile of rows and of their statistics.
     DEV_METHOD void load_rows(Place place, int stage) {
         const int row = place.tile * C::BLOCK_Q;
-        load_tile<TileQ>(q_gmem(place.head), layout.q(stage), row);
-        load_tile<TileDout>(dout_gmem(place.head), layout.dout(stage), row);
+        if constexpr (!SLICED) {
+            load_tile<TileQ>(q_gmem(place.head), layout.q(stage), row);
+            load_tile<TileDout>(dout_gmem(place.head), layout.dout(stage), row);
+        }
         const i64 at = rows_at + place.head * statistics_stride<C>(p) + row;
 #pragma unroll
         for (int first = 0; first < 2 * C::BLOCK_Q; first += THREADS) {
@@ -252,6 +286,15 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
         const bool isolate = isolates(place.tile);
         const bool cut = isolate || mask.cuts(rows_of_tile(place.tile), keys(), place.tile) ||
                          first_row + C::BLOCK_Q > p.shape.len_q;
+        if constexpr (SLICED)
+            return step_by_slices(score, place, cut, isolate);
+        else
+            return step_by_tiles(score, place, stage, cut, isolate);
+    }
+
+    DEV_METHOD bool step_by_tiles(const Score& score, Place place, int stage, bool cut,
+                                  bool isolate) {
+        const int first_row = place.tile * C::BLOCK_Q;
         bool repaired = false;
 #pragma unroll 1
         for (int column = 0; column < C::BLOCK_Q; column += CHUNK) {
@@ -288,6 +331,30 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock {
                     dk, ds, row_address<TileQ>(layout.q(stage), column) + part_offset<TileQ>());
         }
         if constexpr (ACCUMULATE_DQ) add_dq(place.head, first_row, isolate && repair_k);
+        return repaired;
+    }
+
+    // The same, of one of the gradients, with operands in slices.
+    DEV_METHOD bool step_by_slices(const Score& score, Place place, bool cut, bool isolate) {
+        using Operands = typename KeyLayoutOfSlices<C>::Operands;
+        static_assert(WANT_DK != WANT_DV, "operands of one gradient");
+        const int first_row = place.tile * C::BLOCK_Q;
+        Accumulator<M16, C::BLOCK_Q / 8, Real> s, ds;
+        Operands::product(s, k_gmem(), first_key, q_gmem(place.head), first_row, warp_key(),
+                          layout.operands);
+        if constexpr (WANT_DK)
+            Operands::product(ds, v_gmem(), first_key, dout_gmem(place.head), first_row, warp_key(),
+                              layout.operands);
+        score_gradients(score, s, ds, place, 0, 0);
+        if (cut) hide(s, ds, first_row);
+        using Part = Chosen<WANT_DK, PartQ, PartDout>;
+        const auto rows = WANT_DK ? q_gmem(place.head) : dout_gmem(place.head);
+        Operands::template load<Part>(from_column(rows, first_column), first_row, layout.operands);
+        const bool repaired = isolate && remove_non_finite<Element, Part, THREADS>(layout.operands);
+        if constexpr (WANT_DK)
+            multiply<Element, PartQ>(dk, ds, layout.operands);
+        else
+            multiply<Element, PartDout>(dv, s, layout.operands);
         return repaired;
     }
 

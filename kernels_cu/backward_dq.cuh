@@ -28,13 +28,35 @@ template <class C> struct QueryLayout {
     DEV_METHOD u32 v(int stage) const { return k(stage) + TileK::BYTES; }
 };
 
+// Shared memory of a kernel that takes slices: operands, later what is staged.
+template <class C> struct QueryLayoutOfSlices {
+    using Storage = typename C::Element::Storage;
+    static constexpr int PART = part_columns<C>(C::HEAD_DIM);
+    using Operands = Slices<C, C::BLOCK_Q, C::BLOCK_K>;
+    // Names that the other layout has.
+    using TileQ = typename Operands::TileA;
+    using TileDout = TileQ;
+    using TileK = typename Operands::TileB;
+    using TileV = TileK;
+    static constexpr int ROWS = larger_of(C::BLOCK_Q, C::BLOCK_K);
+    static constexpr int BYTES = larger_of(Operands::BYTES, ROWS * PART * (int)sizeof(Storage));
+    static_assert(BYTES == C::SHARED_BYTES && C::STAGES == 1,
+                  "_tuning_wide.backward_shared_bytes disagrees with the layout");
+
+    u32 operands, q, stages;  // q: where the gradient is staged
+    DEV_METHOD explicit QueryLayoutOfSlices(u32 base) : operands(base), q(base), stages(base) {}
+    DEV_METHOD u32 k(int) const { return operands; }
+    DEV_METHOD u32 v(int) const { return operands; }
+};
+
 // One query tile of one head.
 template <class C> struct QueryBlock {
     using Element = typename C::Element;
     using Storage = typename Element::Storage;
     using Real = typename Element::Real;
     using Score = typename C::Score;
-    using Layout = QueryLayout<C>;
+    static constexpr bool SLICED = SLICE<C> > 0;
+    using Layout = Chosen<SLICED, QueryLayoutOfSlices<C>, QueryLayout<C>>;
     using TileQ = typename Layout::TileQ;
     using TileDout = typename Layout::TileDout;
     using TileK = typename Layout::TileK;
@@ -99,19 +121,31 @@ template <class C> struct QueryBlock {
                                   p.shape.head_dim, p.shape.flags & FLAG_K_VECTOR);
     }
 
+    DEV_METHOD GlobalRows<Storage> v_gmem(const Work& work) const {
+        return head_rows<Storage>(p.v, p.v_strides, work, work.head / p.shape.group, p.shape.len_k,
+                                  p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR);
+    }
+    DEV_METHOD GlobalRows<Storage> q_gmem(const Work& work) const {
+        return head_rows<Storage>(p.q, p.q_strides, work, work.head, p.shape.len_q,
+                                  p.shape.head_dim, p.shape.flags & FLAG_Q_VECTOR);
+    }
+    DEV_METHOD GlobalRows<Storage> dout_gmem(const Work& work) const {
+        return head_rows<Storage>(p.dout, p.dout_strides, work, work.head, p.shape.len_q,
+                                  p.shape.head_dim_v, p.shape.flags & FLAG_DOUT_VECTOR);
+    }
+
     // All keys that the tile's rows see.
     DEV_METHOD void walk() {
         const Range keys = mask.keys(rows());
         if (keys.empty()) return;
-        const Shape& shape = p.shape;
         const Work work = query_work();
         TileLoader<TileK, THREADS, C::VECTOR_ONLY> k_loader(k_gmem());
-        TileLoader<TileV, THREADS, C::VECTOR_ONLY> v_loader(
-            head_rows<Storage>(p.v, p.v_strides, work, work.head / shape.group, shape.len_k,
-                               shape.head_dim_v, shape.flags & FLAG_V_VECTOR));
+        TileLoader<TileV, THREADS, C::VECTOR_ONLY> v_loader(v_gmem(work));
         const auto load_keys = [&](int tile, int stage) {
-            load(k_loader, layout.k(stage), tile * C::BLOCK_K);
-            load(v_loader, layout.v(stage), tile * C::BLOCK_K);
+            if constexpr (!SLICED) {
+                load(k_loader, layout.k(stage), tile * C::BLOCK_K);
+                load(v_loader, layout.v(stage), tile * C::BLOCK_K);
+            }
             cp_async_commit();
         };
         const int end = (keys.end - 1) / C::BLOCK_K + 1;
@@ -143,15 +177,12 @@ template <class C> struct QueryBlock {
     }
 
     DEV_METHOD void load_rows(const Work& work) {
-        const Shape& shape = p.shape;
-        TileLoader<TileQ, THREADS, C::VECTOR_ONLY> q_loader(
-            head_rows<Storage>(p.q, p.q_strides, work, work.head, shape.len_q, shape.head_dim,
-                               shape.flags & FLAG_Q_VECTOR));
-        TileLoader<TileDout, THREADS, C::VECTOR_ONLY> dout_loader(
-            head_rows<Storage>(p.dout, p.dout_strides, work, work.head, shape.len_q,
-                               shape.head_dim_v, shape.flags & FLAG_DOUT_VECTOR));
-        load(q_loader, layout.q, first_row);
-        load(dout_loader, layout.dout, first_row);
+        if constexpr (!SLICED) {
+            TileLoader<TileQ, THREADS, C::VECTOR_ONLY> q_loader(q_gmem(work));
+            TileLoader<TileDout, THREADS, C::VECTOR_ONLY> dout_loader(dout_gmem(work));
+            load(q_loader, layout.q, first_row);
+            load(dout_loader, layout.dout, first_row);
+        }
     }
 
     // dQ += dS K over one tile of keys. True if a NaN or inf was left out: add_back has to follow.
@@ -160,6 +191,13 @@ template <class C> struct QueryBlock {
         const bool isolate = isolates(tile);
         const bool cut = isolate || mask.cuts(rows(), keys_of_tile(tile), tile) ||
                          first_row + C::BLOCK_Q > p.shape.len_q;
+        if constexpr (SLICED)
+            return step_by_slices(first_key, cut, isolate);
+        else
+            return step_by_tiles(first_key, k_smem, v_smem, cut, isolate);
+    }
+
+    DEV_METHOD bool step_by_tiles(int first_key, u32 k_smem, u32 v_smem, bool cut, bool isolate) {
         bool repaired = false;
 #pragma unroll 1
         for (int column = 0; column < C::BLOCK_K; column += CHUNK) {
@@ -184,6 +222,26 @@ template <class C> struct QueryBlock {
                 PART == C::HEAD_DIM ? 0 : first_column / TileK::SLAB * TileK::SLAB_BYTES;
             multiply<Element, PartK>(dq, ds, row_address<TileK>(k_smem, column) + part);
         }
+        return repaired;
+    }
+
+    // The same with operands in slices.
+    DEV_METHOD bool step_by_slices(int first_key, bool cut, bool isolate) {
+        using Operands = typename QueryLayoutOfSlices<C>::Operands;
+        const Work work = query_work();
+        Accumulator<M16, C::BLOCK_K / 8, Real> s, ds;
+        Operands::product(s, q_gmem(work), first_row, k_gmem(), first_key, warp_row(),
+                          layout.operands);
+        Operands::product(ds, dout_gmem(work), first_row, v_gmem(work), first_key, warp_row(),
+                          layout.operands);
+        logit_gradients(s, ds, first_key);
+        if (cut) hide(s, ds, first_key);
+        if constexpr (!Score::FOLDED) score_gradients(s, ds, first_key);
+        Operands::template load<PartK>(from_column(k_gmem(), first_column), first_key,
+                                       layout.operands);
+        const bool repaired =
+            isolate && remove_non_finite<Element, PartK, THREADS>(layout.operands);
+        multiply<Element, PartK>(dq, ds, layout.operands);
         return repaired;
     }
 

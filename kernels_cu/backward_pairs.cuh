@@ -37,6 +37,20 @@ template <class C> struct PairLayout {
     DEV_METHOD u32 v() const { return q + V; }
 };
 
+// Shared memory of a kernel that takes slices.
+template <class C> struct PairLayoutOfSlices {
+    using Operands = Slices<C, C::BLOCK_Q, C::BLOCK_K>;
+    using TileQ = typename Operands::TileA;  // names that the other layout has
+    using TileDout = TileQ;
+    using TileK = typename Operands::TileB;
+    using TileV = TileK;
+    static_assert(Operands::BYTES == C::SHARED_BYTES,
+                  "_tuning_wide.backward_shared_bytes disagrees with the layout");
+    u32 q;
+    DEV_METHOD explicit PairLayoutOfSlices(u32 base) : q(base) {}
+    DEV_METHOD u32 k() const { return q; }
+};
+
 // One tile of pairs of one query head.
 struct PairPlace {
     int tile_q, tile_k, head, batch;
@@ -116,7 +130,8 @@ template <class C, class Consumer> struct PairBlock {
     using Storage = typename Element::Storage;
     using Real = typename Element::Real;
     using Mask = typename C::Mask;
-    using Layout = PairLayout<C>;
+    static constexpr bool SLICED = SLICE<C> > 0;
+    using Layout = Chosen<SLICED, PairLayoutOfSlices<C>, PairLayout<C>>;
     using TileQ = typename Layout::TileQ;
     using TileDout = typename Layout::TileDout;
     using TileK = typename Layout::TileK;
@@ -218,15 +233,32 @@ template <class C, class Consumer> struct PairBlock {
         return mask.next_tile(place.tile_k, place.tile_k + 1) == place.tile_k;
     }
 
+    DEV_METHOD static GlobalRows<Storage> q_gmem(const BackwardParams& p, const Work& work) {
+        return head_rows<Storage>(p.q, p.q_strides, work, work.head, p.shape.len_q,
+                                  p.shape.head_dim, p.shape.flags & FLAG_Q_VECTOR);
+    }
+    DEV_METHOD static GlobalRows<Storage> dout_gmem(const BackwardParams& p, const Work& work) {
+        return head_rows<Storage>(p.dout, p.dout_strides, work, work.head, p.shape.len_q,
+                                  p.shape.head_dim_v, p.shape.flags & FLAG_DOUT_VECTOR);
+    }
+    DEV_METHOD static GlobalRows<Storage> k_gmem(const BackwardParams& p, const Work& work,
+                                                 int head) {
+        return head_rows<Storage>(p.k, p.k_strides, work, head, p.shape.len_k, p.shape.head_dim,
+                                  p.shape.flags & FLAG_K_VECTOR);
+    }
+    DEV_METHOD static GlobalRows<Storage> v_gmem(const BackwardParams& p, const Work& work,
+                                                 int head) {
+        return head_rows<Storage>(p.v, p.v_strides, work, head, p.shape.len_k, p.shape.head_dim_v,
+                                  p.shape.flags & FLAG_V_VECTOR);
+    }
+
     DEV_METHOD void load_rows(const BackwardParams& p, const Work& work) {
         const Shape& shape = p.shape;
         const int first_row = work.tile * C::BLOCK_Q;
-        load_tile<TileQ>(head_rows<Storage>(p.q, p.q_strides, work, work.head, shape.len_q,
-                                            shape.head_dim, shape.flags & FLAG_Q_VECTOR),
-                         layout.q, first_row);
-        load_tile<TileDout>(head_rows<Storage>(p.dout, p.dout_strides, work, work.head, shape.len_q,
-                                               shape.head_dim_v, shape.flags & FLAG_DOUT_VECTOR),
-                            layout.dout(), first_row);
+        if constexpr (!SLICED) {
+            load_tile<TileQ>(q_gmem(p, work), layout.q, first_row);
+            load_tile<TileDout>(dout_gmem(p, work), layout.dout(), first_row);
+        }
         const i64 first = statistics_row<C>(p, work, work.head);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -239,13 +271,10 @@ template <class C, class Consumer> struct PairBlock {
         }
     }
     DEV_METHOD void load_keys(const BackwardParams& p, const Work& work, int head, int tile) {
-        const Shape& shape = p.shape;
-        load_tile<TileK>(head_rows<Storage>(p.k, p.k_strides, work, head, shape.len_k,
-                                            shape.head_dim, shape.flags & FLAG_K_VECTOR),
-                         layout.k(), tile * C::BLOCK_K);
-        load_tile<TileV>(head_rows<Storage>(p.v, p.v_strides, work, head, shape.len_k,
-                                            shape.head_dim_v, shape.flags & FLAG_V_VECTOR),
-                         layout.v(), tile * C::BLOCK_K);
+        if constexpr (!SLICED) {
+            load_tile<TileK>(k_gmem(p, work, head), layout.k(), tile * C::BLOCK_K);
+            load_tile<TileV>(v_gmem(p, work, head), layout.v(), tile * C::BLOCK_K);
+        }
     }
     template <class Tile>
     DEV_METHOD static void load_tile(const GlobalRows<Storage>& gmem, u32 smem, int first_row) {
@@ -256,13 +285,22 @@ template <class C, class Consumer> struct PairBlock {
     DEV_METHOD void step(const BackwardParams& p, const Mask& mask, const Work& work,
                          const PairPlace& place) {
         Accumulator<1, N8, Real> s, ds;
-        s.zero();
-        ds.zero();
-        multiply_transposed<Element, TileQ, TileK>(s, row_address<TileQ>(layout.q, warp_row()),
-                                                   layout.k());
-        multiply_transposed<Element, TileDout, TileV>(
-            ds, row_address<TileDout>(layout.dout(), warp_row()), layout.v());
         const int first_row = rows_of(place).begin + warp_row(), first_key = keys_of(place).begin;
+        if constexpr (SLICED) {
+            using Operands = typename Layout::Operands;
+            const int row = rows_of(place).begin, kv_head = place.head / p.shape.group;
+            Operands::product(s, q_gmem(p, work), row, k_gmem(p, work, kv_head), first_key,
+                              warp_row(), layout.q);
+            Operands::product(ds, dout_gmem(p, work), row, v_gmem(p, work, kv_head), first_key,
+                              warp_row(), layout.q);
+        } else {
+            s.zero();
+            ds.zero();
+            multiply_transposed<Element, TileQ, TileK>(s, row_address<TileQ>(layout.q, warp_row()),
+                                                       layout.k());
+            multiply_transposed<Element, TileDout, TileV>(
+                ds, row_address<TileDout>(layout.dout(), warp_row()), layout.v());
+        }
         logit_gradients(p, work, first_row, first_key, s, ds);
         if (mask.cuts(rows_of(place), keys_of(place), place.tile_k) ||
             mask.isolates(rows_of(place), keys_of(place), place.tile_k) ||

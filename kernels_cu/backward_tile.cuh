@@ -18,6 +18,7 @@
 #include "masks.cuh"
 #include "score.cuh"
 #include "tile.cuh"
+#include "wide_slices.cuh"
 
 namespace backward {
 
@@ -148,12 +149,6 @@ template <int WARPS, class Real> DEV Real block_sum(Real x, u32 scratch) {
 // fit the registers.
 template <class C> DEV constexpr int part_columns(int columns) {
     return sizeof(typename C::Element::Real) == 8 && columns > 128 ? columns / 2 : columns;
-}
-// From a column on.
-template <class Storage> DEV GlobalRows<Storage> from_column(GlobalRows<Storage> rows, int first) {
-    rows.base += first;
-    rows.columns -= first;
-    return rows;
 }
 
 }  // namespace backward

@@ -7,6 +7,7 @@
 #include "masks.cuh"
 #include "score.cuh"
 #include "softmax.cuh"
+#include "wide_slices.cuh"
 
 // Shared memory of a block: Q | K stages | V stages. The output is staged where Q was.
 template <class C> struct ForwardLayout {
@@ -23,7 +24,7 @@ template <class C> struct ForwardLayout {
     static constexpr int Q = 0, K = QTile::BYTES, V = K + C::STAGES * KTile::BYTES;
     static constexpr int BYTES = V + C::STAGES * VTile::BYTES;
 
-    static_assert(BYTES == C::SHARED_BYTES,
+    static_assert(SLICE<C> > 0 || BYTES == C::SHARED_BYTES,
                   "forward_shared_bytes in _tuning.py computes the same sum");
     static_assert(WARP_Q % 16 == 0 && C::BLOCK_K % 16 == 0, "mma works on 16 rows and 16 keys");
     static_assert(QTile::SLAB_BYTES == OutTile::SLAB_BYTES && C::HEAD_DIM_V <= C::HEAD_DIM,
@@ -34,22 +35,18 @@ template <class C> struct ForwardLayout {
 template <class C> DEV GlobalRows<typename C::Element::Storage> value_rows(const ForwardParams& p,
                                                                            const Work& work,
                                                                            int first_column) {
-    auto rows = head_rows<typename C::Element::Storage>(
-        p.v, p.v_strides, work, work.head / p.shape.group, p.shape.len_k, p.shape.head_dim_v,
-        p.shape.flags & FLAG_V_VECTOR);
-    rows.base += first_column;
-    rows.columns -= first_column;
-    return rows;
+    return from_column(head_rows<typename C::Element::Storage>(
+                           p.v, p.v_strides, work, work.head / p.shape.group, p.shape.len_k,
+                           p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR),
+                       first_column);
 }
 template <class C> DEV GlobalRows<typename C::Element::Storage> output_rows(const ForwardParams& p,
                                                                             const Work& work,
                                                                             int first_column) {
-    auto rows = head_rows<typename C::Element::Storage>(p.out, p.out_strides, work, work.head,
-                                                        p.shape.len_q, p.shape.head_dim_v,
-                                                        p.shape.flags & FLAG_OUT_VECTOR);
-    rows.base += first_column;
-    rows.columns -= first_column;
-    return rows;
+    return from_column(head_rows<typename C::Element::Storage>(
+                           p.out, p.out_strides, work, work.head, p.shape.len_q, p.shape.head_dim_v,
+                           p.shape.flags & FLAG_OUT_VECTOR),
+                       first_column);
 }
 
 // Brings K and V tiles to shared memory ahead of their use. Per tile, where `next` is the one after
@@ -495,6 +492,59 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
     write_output<C>(p, first_column, smem + L::Q, o, softmax, repaired);
 }
 
+// The same with operands in slices, of which nothing stays in shared memory.
+template <class C> DEV void forward_tile_by_slices(const ForwardParams& p, int first_column) {
+    using L = ForwardLayout<C>;
+    using Real = typename L::Real;
+    using Element = typename C::Element;
+    using Operands = Slices<C, C::BLOCK_Q, C::BLOCK_K>;
+    static_assert(C::SHARED_BYTES == larger_of(Operands::BYTES, L::OutTile::BYTES) &&
+                      L::VTile::BYTES <= C::SHARED_BYTES,
+                  "forward_shared_bytes in _tuning_wide.py computes the same");
+    extern __shared__ __align__(128) u8 shared_memory[];
+    const u32 smem = shared_address(shared_memory);
+    const Shape& shape = p.shape;
+    const ForwardWork work = forward_work<C>(p);
+    const int first_row = work.tile * C::BLOCK_Q;
+    const Range rows{first_row, first_row + C::BLOCK_Q};
+    const typename C::Mask mask(p, work, work.head);
+    const typename C::Score score = make_score<C>(p, work, work.head);
+    const auto q_gmem =
+        head_rows<typename L::Storage>(p.q, p.q_strides, work, work.head, shape.len_q,
+                                       shape.head_dim, shape.flags & FLAG_Q_VECTOR);
+    const auto k_gmem =
+        head_rows<typename L::Storage>(p.k, p.k_strides, work, work.head / shape.group, shape.len_k,
+                                       shape.head_dim, shape.flags & FLAG_K_VECTOR);
+
+    Accumulator<L::M16, C::BLOCK_K / 8, Real> s;
+    Accumulator<L::M16, L::PART / 8, Real> o;
+    OnlineSoftmax<L::M16, Real> softmax(score.folded_factor());
+    bool repaired = false;
+    o.zero();
+    const Range tiles = own_key_tiles<C>(p, work, mask, rows);
+    for (int tile = tiles.begin; tile < tiles.end; tile = mask.next_tile(tile + 1, tiles.end)) {
+        const Range keys{tile * C::BLOCK_K, tile * C::BLOCK_K + C::BLOCK_K};
+        Operands::product(s, q_gmem, first_row, k_gmem, keys.begin, warp_id() * L::WARP_Q, smem);
+        // The maximum is taken of raw products, which must grow with the logits.
+        if (C::Score::FOLDED && score.negative()) s.negate();
+        const ScoreMap<L::M16, C::BLOCK_K / 8, Real> map{s, first_row, keys.begin};
+        if constexpr (!C::Score::FOLDED) score.apply(map);
+        if (mask.cuts(rows, keys, tile)) mask.hide(map, rows, keys);
+        softmax.update(s, o);  // s becomes P
+        if constexpr (C::DROPOUT)
+            drop_weights(dropout::Keep(p, work, work.head), s, first_row + warp_id() * L::WARP_Q,
+                         keys.begin);
+        const RoundedOperand<Element, L::M16, C::BLOCK_K / 8> probabilities(s);
+        Operands::template load<typename L::VTile>(value_rows<C>(p, work, first_column), keys.begin,
+                                                   smem);
+        if (mask.isolates(rows, keys, tile))
+            repaired |= remove_non_finite<Element, typename L::VTile, L::THREADS>(smem);
+        add_probability_value_product<C>(o, probabilities, smem);
+    }
+    __syncthreads();  // the output is staged where V was
+    write_output<C>(p, first_column, smem, o, softmax, repaired);
+}
+
 // Lengths that contradict themselves: NaN in every row, so that nobody takes the output for one.
 // Here the blocks share out the rows of the arrays, whatever the tables say.
 template <class C> DEV void write_nan(const ForwardParams& p, unsigned block = fresh_block_id()) {
@@ -516,12 +566,20 @@ template <class C> DEV void write_nan(const ForwardParams& p, unsigned block = f
 // All columns of a tile's output, in as many walks as the accumulator needs.
 template <class C> DEV void forward_columns(const ForwardParams& p) {
     constexpr int PART = ForwardLayout<C>::PART;
-    forward_tile<C>(p, 0);
-    if constexpr (PART < C::HEAD_DIM_V)
-        if (PART < p.shape.head_dim_v) {
-            __syncthreads();  // Q goes where the output was staged
-            forward_tile<C>(p, PART);
+    if constexpr (SLICE<C> > 0) {
+#pragma unroll 1
+        for (int column = 0; column < p.shape.head_dim_v; column += PART) {
+            if (column > 0) __syncthreads();  // operands go where the output was staged
+            forward_tile_by_slices<C>(p, column);
         }
+    } else {
+        forward_tile<C>(p, 0);
+        if constexpr (PART < C::HEAD_DIM_V)
+            if (PART < p.shape.head_dim_v) {
+                __syncthreads();  // Q goes where the output was staged
+                forward_tile<C>(p, PART);
+            }
+    }
 }
 
 template <class C> DEV void forward(const ForwardParams& p) {

@@ -93,6 +93,14 @@ template <int M16, int N8, class Real = float> struct Accumulator {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) x[m][n][e] = 0;
     }
+    DEV_METHOD void negate() {
+#pragma unroll
+        for (int m = 0; m < M16; ++m)
+#pragma unroll
+            for (int n = 0; n < N8; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) x[m][n][e] = -x[m][n][e];
+    }
 };
 
 // Columns 16*step .. of an accumulator as the A operand of the next product: the layouts agree,

@@ -108,7 +108,6 @@ def test_workspace_is_linear_in_the_length() -> None:
 @pytest.mark.parametrize(
     ("changes", "arch", "reason"),
     [
-        ({"dtype": "float64", "head_dim": 256}, "sm_75", "of float64 exceeds shared memory"),
         ({"dtype": "bfloat16"}, "sm_75", "bfloat16 needs sm_80"),
         ({"head_dim": 320}, "sm_90a", "head_dim 320 > 256"),
         ({"head_dim_v": 257}, "sm_80", "head_dim_v 257 > 256"),
