@@ -93,11 +93,12 @@ DEV TileFacts scan(const Dense*, const MaskTilesParams& p, i64 head_offset, Rang
 DEV TileFacts scan_bits(const u32* bits, int bit_words, Range rows, Range keys) {
     TileFacts mine;
     const int first_word = keys.begin / 32, words = (keys.end - 1) / 32 - first_word + 1;
+    bits += (i64)rows.begin * bit_words;
     for (int i = lane_id(); i < (rows.end - rows.begin) * words; i += 32) {
-        const int word = first_word + i % words, row = rows.begin + i / words;
+        const int word = first_word + i % words, row = i / words;
         const int low = max(keys.begin - word * 32, 0), high = min(keys.end - word * 32, 32);
         const u32 inside = 0xffffffffu >> (32 - (high - low)) << low;
-        const u32 found = bits[(i64)row * bit_words + word];
+        const u32 found = bits[row * bit_words + word];
         mine.visible |= (found & inside) != 0u;
         mine.hidden |= (~found & inside) != 0u;
     }
