@@ -181,11 +181,12 @@ def bench() -> list[Step]:
     suite = ("bench.run", "--suite")
     return [
         run("quick", 1, "the sizes that acceptance is stated for", *suite, "quick"),
-        run("paper", 5, "the papers' sweep beside every peer", *suite, "paper", "--rounds", "12"),
+        run("paper", 7, "the papers' sweep beside every peer", *suite, "paper", "--rounds", "12"),
         Step("memory", (PYTHON, "-c", MEMORY), 1, "bytes per key up to 1 M keys", "bench"),
         run("history", 2, "published experiments again", *suite, "history", "--rounds", "10"),
         run("options", 2, "masks, biases, dropout, scores", "bench.options", "--rounds", "10"),
         run("tune", 2, "tiles of the portable forward", "bench.tune", "--kernel", "forward"),
+        run("tune hopper", 2, "and of Hopper's", "bench.tune", "--kernel", "forward_sm90"),
     ]
 
 

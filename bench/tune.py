@@ -206,12 +206,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, arch = device.name, device.arch
     if tunable.portable:
         arch = arch.rstrip("af")  # as `bench.portable`
+    elif arch != "sm_90a":
+        print(f"{tunable.kernel} needs sm_90a, this is {arch}")
+        return 1
     dims = _candidates.dim_pair(case.head_dim, case.head_dim)
     if tunable.current(arch, dims) is None:
         print(f"{tunable.where} has no row for head dim {dims[0]} on {arch}")
         return 1
     rows = tried(tunable, arch, dims, case)
-    if cupy is not None:
+    if cupy is not None and any(map(worth_timing, rows)):
         time_tiles(cupy, tunable, arch, dims, case, rows, options.rounds)
     rows.sort(
         key=lambda row: (row.get("us", 1e30), row.get("spilled", 1e30), -row.get("blocks", 0))
@@ -237,6 +240,8 @@ def verdict(
 ) -> str:
     """The row for the table."""
     best = rows[0]
+    if "tflops" not in best:
+        return "nothing could be timed"
     used = next(row for row in rows if row["current"])
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     gain = f"{best['tflops']:.0f} TFLOP/s"

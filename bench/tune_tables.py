@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from cuflash import _plan, _tuning
+from cuflash import _plan, _tuning, _tuning_sm90
 from cuflash._tuning import Tile, family
 
 Dims = tuple[int, int]
@@ -45,7 +45,7 @@ class Tunable:
     where: str
     table: MutableMapping[Any, Any]
     key: Callable[[str, Dims], Any]
-    tiles: Callable[[str, Dims], Iterator[Tile]]
+    tiles: Callable[[str, Dims], Iterator[Any]]
     direction: str
     deterministic: bool = False
     portable: bool = True
@@ -140,6 +140,19 @@ def by_queries(arch: str, dims: Dims) -> Iterator[Tile]:
             yield Tile(16 * strips * warps, keys, warps, stages)
 
 
+def hopper_forward(arch: str, dims: Dims) -> Iterator[_tuning_sm90.Tile]:
+    """Hopper's forward: two or three warpgroups of 64 rows, and one that copies."""
+    for groups, keys, stages, turns in itertools.product(
+        (2, 3), (64, 80, 96, 128, 160, 176), (1, 2, 3), (True, False)
+    ):
+        tile = _tuning_sm90.Tile(groups, keys, stages, turns)
+        # Scores, weights rounded to pairs, output.
+        need = keys // 2 + keys // 4 + dims[1] // 2 + OTHER_REGISTERS
+        room = _tuning_sm90.forward_shared_bytes(tile, *dims) <= _tuning_sm90.SHARED_MEMORY
+        if room and need <= tile.registers[1]:
+            yield tile
+
+
 def hopper_by_keys(arch: str, dims: Dims) -> Iterator[Tile]:
     """Hopper's dK and dV: two or three warpgroups of 64 keys, and one that feeds them."""
     for groups, queries, stages in itertools.product((1, 2, 3), (32, 64, 128), (1, 2, 3)):
@@ -173,6 +186,15 @@ def tunables() -> Iterator[Tunable]:
     yield portable("backward_dkdv", "BACKWARD_DKDV", keys, by_keys, deterministic=True)
     yield portable(
         "backward_dq", "BACKWARD_DQ", _tuning.BACKWARD_DQ, by_queries, deterministic=True
+    )
+    yield Tunable(
+        kernel="forward_sm90",
+        where="_tuning_sm90.py: FORWARD",
+        table=_tuning_sm90.FORWARD,
+        key=hopper_key,
+        tiles=hopper_forward,
+        direction="forward",
+        portable=False,
     )
     yield Tunable(
         kernel="backward_sm90",
