@@ -91,14 +91,14 @@ class Gas:
         return self.overlap * math.sqrt(self.mass / self.central)
 
     def inputs(self, x: Any, xp: Any) -> tuple[Any, Any]:
-        """Queries and keys whose product is -(|x_i - x_j| / h)**2 but for what i alone decides.
+        """Queries and keys whose product is -(|x_i - x_j| / h)**2.
 
-        -|x_i - x_j|**2 = 2 x_i . x_j - |x_j|**2 - |x_i|**2; the last term is added to lse later.
-        The first two are of order 1 / h**2 and cancel to order 1: this takes float64.
+        That is 2 x_i . x_j - |x_j|**2 - |x_i|**2 over h**2: terms as large as 1 / h**2 that cancel to
+        order 1, which takes float64.
         """
-        ones, squares = xp.ones_like(x[:, :1]), (x * x).sum(axis=1, keepdims=True)
-        q = xp.concatenate([2 * x / self.width**2, ones], axis=1)
-        k = xp.concatenate([x, -squares / self.width**2], axis=1)
+        ones, squares = xp.ones_like(x[:, :1]), (x * x).sum(axis=1, keepdims=True) / self.width**2
+        q = xp.concatenate([2 * x / self.width**2, ones, -squares], axis=1)
+        k = xp.concatenate([x, -squares, ones], axis=1)
         return q, k
 
     def from_log_density(self, log_density: Any, x: Any, xp: Any) -> tuple[Any, Any]:
@@ -123,14 +123,13 @@ class Gas:
         (flow, lse), pullback = cuflash.attention_vjp(
             q, k, velocity, scale=1.0, mask=mask, wrt=("q", "k"), return_lse=True
         )
-        squares = (x * x).sum(axis=1)
-        unit = math.log(self.mass / (math.pi * self.width**2))  # of one Gaussian at its centre
-        log_density = lse - squares / self.width**2 + unit
+        log_density = lse + math.log(self.mass / (math.pi * self.width**2))
         energy, slope = self.from_log_density(log_density, x, xp)
         grads = pullback(xp.zeros_like(flow), slope)
-        # Back through `inputs` and through the |x_i|**2 of log_density.
-        inner = grads.q[:, :2] - x * (grads.k[:, 2:] + slope[:, None])
-        force = -2 / self.width**2 * inner - grads.k[:, :2] - self.mass * x
+        # Back through `inputs`. The last of q's and the third of k's columns hold the sums of all
+        # weights that the first two hold sums of places with: what they have in common cancels.
+        weights = grads.q[:, 3:] + grads.k[:, 2:3]
+        force = -2 / self.width**2 * (grads.q[:, :2] - x * weights) - grads.k[:, :2] - self.mass * x
         return State(energy, force, xp.exp(log_density), flow)
 
     def dense(
