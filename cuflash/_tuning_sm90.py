@@ -57,13 +57,17 @@ FORWARD: dict[tuple[int, int], Tile] = {
     (96, 96): Tile(2, 128),
     (128, 128): Tile(2, 128),
     (192, 128): Tile(2, 128),
-    # Scores and weights beside 96 or 128 floats of output: fewer keys. Products are long enough to cover a
-    # softmax without turns.
-    (192, 192): Tile(2, 96, turns=False),
+    # As many keys as shared memory holds, and of 256 columns as registers do (80 would spill 32 bytes).
+    # Products are long enough to cover a softmax without turns.
+    (192, 192): Tile(2, 112, turns=False),
     (256, 256): Tile(2, 64, turns=False),
 }
 # Masks, dropout, sequences and the like need more than 160 registers.
-FORWARD_OPTIONS: dict[tuple[int, int], Tile] = {**FORWARD, (64, 64): Tile(2, 128)}
+FORWARD_OPTIONS: dict[tuple[int, int], Tile] = {
+    **FORWARD,
+    (64, 64): Tile(2, 128),
+    (192, 192): Tile(2, 96, turns=False),
+}
 # Biases and score expressions need registers for loads on their way: half as many keys.
 FORWARD_GENERAL: dict[tuple[int, int], Tile] = {
     dims: replace(tile, block_k=min(64, tile.block_k)) for dims, tile in FORWARD_OPTIONS.items()

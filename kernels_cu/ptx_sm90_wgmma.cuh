@@ -124,6 +124,8 @@ template <class Element, int N> struct Wgmma;
     };
 
 // clang-format off
+WGMMA_OF(f16, 32, "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16", 16, 17, 18, 19, 20, 21, 22)
+WGMMA_OF(bf16, 32, "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", 16, 17, 18, 19, 20, 21, 22)
 WGMMA_OF(f16, 64, "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16", 32, 33, 34, 35, 36, 37, 38)
 WGMMA_OF(bf16, 64, "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", 32, 33, 34, 35, 36, 37, 38)
 WGMMA_OF(f16, 80, "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16", 40, 41, 42, 43, 44, 45, 46)
@@ -134,6 +136,8 @@ WGMMA_OF(f16, 112, "wgmma.mma_async.sync.aligned.m64n112k16.f32.f16.f16", 56, 57
 WGMMA_OF(bf16, 112, "wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16", 56, 57, 58, 59, 60, 61, 62)
 WGMMA_OF(f16, 128, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", 64, 65, 66, 67, 68, 69, 70)
 WGMMA_OF(bf16, 128, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", 64, 65, 66, 67, 68, 69, 70)
+WGMMA_OF(f16, 160, "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16", 80, 81, 82, 83, 84, 85, 86)
+WGMMA_OF(bf16, 160, "wgmma.mma_async.sync.aligned.m64n160k16.f32.bf16.bf16", 80, 81, 82, 83, 84, 85, 86)
 WGMMA_OF(f16, 176, "wgmma.mma_async.sync.aligned.m64n176k16.f32.f16.f16", 88, 89, 90, 91, 92, 93, 94)
 WGMMA_OF(bf16, 176, "wgmma.mma_async.sync.aligned.m64n176k16.f32.bf16.bf16", 88, 89, 90, 91, 92, 93, 94)
 WGMMA_OF(f16, 192, "wgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16", 96, 97, 98, 99, 100, 101, 102)

@@ -219,7 +219,7 @@ MN = Layout(mn_major=True)
 def _products() -> list[Product]:
     out = [
         Product(f"ss_n{n}", n)
-        for n in (8, 16, 24, 40, 64, 72, 80, 96, 112, 128, 160, 176, 192, 224, 256)
+        for n in (8, 16, 24, 32, 40, 64, 72, 80, 96, 112, 128, 160, 176, 192, 224, 256)
     ]
     for span in (0, 32, 64, 128):
         for a_mn in (False, True):
@@ -230,7 +230,7 @@ def _products() -> list[Product]:
         Product("ss_mn_n192", 192, b=MN),  # leading offset over three slabs
         Product("ss_mn_n96_span64", 96, b=Layout(64, True)),
         Product("ss_mn_n256_bf16", 256, "bf16", b=MN),
-        *(Product(f"ss_n{n}_bf16", n, "bf16") for n in (64, 80, 96, 112, 128, 176, 192)),
+        *(Product(f"ss_n{n}_bf16", n, "bf16") for n in (32, 64, 80, 96, 112, 128, 160, 176, 192)),
         Product("ss_n64_zero", 64, accumulate=False),
         Product("ss_n64_negate_a", 64, sign_a=-1),
         Product("ss_n64_negate_b", 64, sign_b=-1),
