@@ -1,4 +1,4 @@
-"""A gas breathing in a trap: 131,072 particles that all see one another, forces by attention's gradient, in float64.
+"""A gas breathing in a trap: 131,072 particles, densities and forces by attention and its gradient, in float64.
 
 Smoothed particle hydrodynamics is attention. Scores fall with the distance squared, so lse is the
 logarithm of every particle's density, the energy is a function of it, and forces are minus its
