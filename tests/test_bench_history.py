@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 import cuflash
-from bench import history, history_cases, history_cpu, published, report
+from bench import (
+    cases,
+    history,
+    history_cases,
+    history_cpu,
+    history_gpu,
+    published,
+    report,
+    timing,
+)
 from bench import run as bench_run
 
 
@@ -100,3 +109,70 @@ def test_calls_of_a_case_are_attention_and_its_gradient() -> None:
     np.testing.assert_array_equal(out, want)
     np.testing.assert_array_equal(calls["backward"]().q, pullback(x.dout).q)
     assert lse.shape == (1, 1, 64)
+
+
+class FakeCupy:
+    """NumPy under CuPy's names, as far as the suite goes."""
+
+    float32 = np.float32
+
+    class OutOfMemoryError(MemoryError):
+        pass
+
+    def __init__(self) -> None:
+        self.random, self.cuda, self.memory = self, self, self
+        self.taken = 0
+
+    def default_rng(self, seed: int) -> Any:
+        return np.random.default_rng(seed)
+
+    def get_default_memory_pool(self) -> Any:
+        return self
+
+    def free_all_blocks(self) -> None:
+        self.taken = 0
+
+    def total_bytes(self) -> int:
+        self.taken += 1_000_000
+        return self.taken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+class CountingTimer:
+    """Runs every call once; each takes as many milliseconds as there are in its round."""
+
+    def interleaved(self, calls: Any, rounds: int) -> dict[str, timing.Times]:
+        for call in calls.values():
+            call()
+        return {name: timing.Times((n * 1e-3,)) for n, name in enumerate(calls, 1)}
+
+
+def test_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, on NumPy arrays: the calls are right, and the tables can be made of them."""
+
+    def small(case: cases.Case, length: int) -> cases.Case:
+        return replace(case, batch=1, heads=2, heads_kv=2, len_q=length, len_k=length)
+
+    for name, length in (("DROPOUT", 64), ("GPT2", 64), ("MEMORY", 64), ("SPARSE", 4096)):
+        case = small(getattr(history_gpu, name), length)
+        monkeypatch.setattr(history_gpu, name, replace(case, head_dim=16, heads=1, heads_kv=1))
+    monkeypatch.setattr(history_gpu, "SWEEP", [small(history_cases.SWEEP[0], 64)])
+    monkeypatch.setattr(history_gpu, "LENGTHS", (64, 128))
+    monkeypatch.setattr(history_gpu, "DENSITIES", (0.25,))
+    monkeypatch.setattr(timing, "GpuTimer", lambda cupy: CountingTimer())
+    found = history_gpu.measure(FakeCupy(), 3, sorted(history.EXPERIMENTS))
+    assert found["a"] == {"standard": pytest.approx(0.01), "flash": pytest.approx(0.02)}
+    assert found["b"] == {"standard": pytest.approx(1.0), "flash": pytest.approx(2.0)}
+    assert found["c"]["rows"] == {
+        64: {"standard": 1.0, "flash": 1.0},
+        128: {"standard": 1.0, "flash": 1.0},
+    }
+    assert {row["pattern"] for row in found["d"]["rows"]} >= {"random", "band + global"}
+    assert all(row["forward"] == 0.5 for row in found["d"]["rows"])
+    (speed,) = found["e"]["rows"].values()
+    assert speed == pytest.approx(3.5 * history_gpu.SWEEP[0].flops("forward") / 2e-3 / 1e12)
+    for name, numbers in found.items():
+        assert f"({name}) " in str(history.EXPERIMENTS[name](numbers))
+    assert set(history.plots(found)) == {"memory", "density"}
