@@ -5,9 +5,13 @@ The Pathfinder task, with every pixel a token: 16 x 16 = 256 of them by default,
 dimensions learns it from short paths to long ones, once with every pixel looking at every pixel and
 once block-sparse (butterfly and window), and each is measured beside matmul, softmax, matmul.
 
-    python examples/pathfinder.py                           # 2 CPU cores: some minutes
+    python examples/pathfinder.py                           # 10 minutes of one CPU core
     python examples/pathfinder.py --side 128                # one measured step of each
     python examples/pathfinder.py --side 256 --device cupy  # needs a GPU
+
+The first prints, beside times and memory of each step: full attention tells 78.8% +- 1.3% of 1000 new
+pictures right (4 minutes of training), block-sparse attention over 39.2% of the pairs 65.6% +- 1.5%
+(5 minutes), and the distance of the dots alone 52.9%.
 
 Exit status 1 when a model that was tested is not better than chance by five standard errors.
 """
@@ -35,7 +39,7 @@ from encoder.paths import DOT, SCENES, Scene, pictures
 
 # Long pictures are there to be measured: training on them takes days on one GPU.
 DEFAULTS: dict[int, dict[str, int]] = {
-    16: {"steps": 1000, "batch": 16, "tests": 1000},
+    16: {"steps": 800, "batch": 16, "tests": 1000},
     32: {"steps": 4000, "batch": 16, "tests": 1000},
     128: {"steps": 0, "batch": 1, "tests": 0},
     256: {"steps": 0, "batch": 1, "tests": 0},
@@ -175,7 +179,9 @@ class Curriculum:
         self.done += 1
         if dashes == self.top:
             self.loss += 0.1 * (loss - self.loss)
-        scheduled = 2 + int((self.longest - 1) * self.done / (LONGEST_FROM * self.steps))
+        # Squared: the first lengths take longest, since all that follows builds on them.
+        share = min(1, self.done / (LONGEST_FROM * self.steps))
+        scheduled = 2 + int((self.longest - 2) * share**2)
         if self.top < self.longest and (self.loss < LEARNED or self.top < scheduled):
             self.top, self.loss = self.top + 1, math.log(2)
 
@@ -275,16 +281,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if attention.mask is not None:
             name = f"{name}, {attention.mask.density:.1%} of all pairs"
         print(f"{name}: {cost(model, weights, options)}", flush=True)
-        start = time.perf_counter()
+        start, core = time.perf_counter(), time.process_time()
         train(model, weights, options, name)
         if options.tests:
-            seconds = time.perf_counter() - start
+            seconds, core = time.perf_counter() - start, time.process_time() - core
             share = model.accuracy(weights, *tests, options.batch)
             error = math.sqrt(share * (1 - share) / options.tests)
             good &= share > 0.5 + 5 * math.sqrt(0.25 / options.tests)
             print(
                 f"  {100 * share:.1f}% +- {100 * error:.1f}% of {options.tests} new pictures told "
-                f"right after {options.steps} steps in {seconds:.0f} s"
+                f"right after {options.steps} steps in {seconds:.0f} s ({core:.0f} s of one core)"
             )
     plain = Model(scene, shape, Attention("plain"), xp)
     print(f"matmul, softmax, matmul: {cost(plain, plain.initial(options.seed), options)}")
