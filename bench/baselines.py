@@ -211,6 +211,13 @@ def cudnn_frontend(case: Case, x: Inputs) -> Calls:
     return {"forward": lambda: graph.execute(memory, workspace, handle=handle)}
 
 
+def triton(case: Case, x: Inputs) -> Calls:
+    """A plain FlashAttention of our own in Triton."""
+    from bench import triton_peer
+
+    return triton_peer.peer(case, x)
+
+
 PEERS: dict[str, Callable[[Case, Inputs], Calls]] = {
     "cuflash": ours,
     "cuflash deterministic": ours_deterministic,
@@ -221,6 +228,7 @@ PEERS: dict[str, Callable[[Case, Inputs], Calls]] = {
     "torch math": torch_sdpa("MATH"),
     "flash-attn": flash_attn,
     "cuDNN frontend": cudnn_frontend,
+    "Triton": triton,
     "JAX cuDNN": jax_attention("cudnn"),
     "JAX XLA": jax_attention("xla"),
 }

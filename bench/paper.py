@@ -57,17 +57,9 @@ def ours_portable(case: Case, x: Inputs) -> Calls:
 
 def methods() -> dict[str, Callable[[Case, Inputs], Calls]]:
     """What is compared."""
-    from bench import triton_peer
-
-    return {
-        "cuflash": baselines.ours,
-        "cuflash portable": ours_portable,
-        "torch cuDNN": baselines.torch_sdpa("CUDNN_ATTENTION"),
-        "torch flash": baselines.torch_sdpa("FLASH_ATTENTION"),
-        "Triton": triton_peer.peer,
-        "JAX cuDNN": baselines.jax_attention("cudnn"),
-        "plain CuPy": baselines.plain_cupy,
-    }
+    others = ("torch cuDNN", "torch flash", "Triton", "JAX cuDNN", "plain CuPy")
+    found = {"cuflash": baselines.ours, "cuflash portable": ours_portable}
+    return found | {name: baselines.PEERS[name] for name in others}
 
 
 def decode_methods() -> dict[str, Callable[[Case, Inputs], Calls]]:
