@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cuflash._candidates import common_refusals, dim_pair, element_of, specialize
+from cuflash._candidates import (
+    common_refusals,
+    dim_pair,
+    element_of,
+    listed_variants,
+    specialize,
+)
 from cuflash._candidates_backward import Backward, BackwardKernels
 from cuflash._compile import Specialization
 from cuflash._problem import Operand, Problem
@@ -64,12 +70,14 @@ class BackwardSm90(Backward):
         return reasons + _refused_options(problem) + _refused_memory(problem)
 
     def kernels(self, problem: Problem, arch: str) -> BackwardKernels:
-        """The portable family's, with this one's kernel for keys, which gathers dQ unless slopes need a pass
-        over the rows anyway.
+        """The portable family's, with this one's kernel for keys, which gathers dQ where nothing asks for a
+        pass over the rows.
         """
         dims = dim_pair(problem.head_dim, problem.head_dim_v)
         found = super().kernels(problem, arch)
         gathers = "q" in problem.wrt and "alibi_slopes" not in problem.wrt
+        # Whose turn it is follows from a band alone.
+        gathers = gathers and not (problem.deterministic and problem.mask is not None)
         element, variant = element_of(problem, arch), variant_of(problem).without_sinks()
         turns = gathers and problem.deterministic
         found = replace(found, dkdv=self.key_kernel(element, dims, variant, gathers, turns))
@@ -96,21 +104,25 @@ class BackwardSm90(Backward):
             return
         for element in ELEMENTS:
             for dims in TILES:
-                for variant in (Variant("linear"), Variant("shaped")):
-                    for gathers, turns in ((True, False), (True, True), (False, False)):
-                        yield self.key_kernel(element, dims, variant, gathers, turns)
-                    yield self.specialization(
-                        "backward_convert", arch, element, dims, variant, permuted=True
-                    )
+                yield from self._listed(element, dims)
+
+    def _listed(self, element: str, dims: tuple[int, int]) -> Iterator[Specialization]:
+        """Every variant of one size that tests compile."""
+        variants = [v.without_sinks() for v in listed_variants(element, dims) if not v.packed]
+        for variant in dict.fromkeys(variants):
+            for gathers, turns in ((True, False), (True, True), (False, False)):
+                if not (turns and variant.mask):
+                    yield self.key_kernel(element, dims, variant, gathers, turns)
+            if variant.plain:
+                yield self.specialization(
+                    "backward_convert", ARCH, element, dims, variant, permuted=True
+                )
 
 
 def _refused_options(problem: Problem) -> list[str]:
     """Options that the kernel does not have."""
     named = {
-        "a mask": problem.mask is not None,
-        "a bias": problem.bias is not None,
         "a score expression": bool(problem.expression),
-        "dropout": problem.dropout_p > 0,
         "packed sequences": problem.packed is not None,
     }
     return [f"does not take {what}" for what, is_there in named.items() if is_there]

@@ -28,7 +28,8 @@ template <class C> struct Consumer {
     static constexpr int Q8 = C::BLOCK_Q / 8;
     // Scores that take registers of their own to work out come half a tile at a time where a whole one does not fit
     // beside them.
-    static constexpr int PARTS = C::BLOCK_Q == 128 && (!Score::FOLDED || C::DROPOUT) ? 2 : 1;
+    static constexpr int PARTS =
+        C::BLOCK_Q == 128 && (!Score::FOLDED || C::DROPOUT || !Mask::CONTIGUOUS) ? 2 : 1;
     static constexpr int PART_Q = C::BLOCK_Q / PARTS, PART_Q8 = PART_Q / 8;
     using Scores = Accumulator<1, PART_Q8>;
     // P^T or dS^T, rounded: the A operands of 16 queries each.
@@ -422,11 +423,11 @@ template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
     }
     __syncthreads();
     if (threadIdx.x >= CONSUMERS) {
-        setmaxnreg_dec<FEED_REGISTERS>();
+        setmaxnreg_dec<FEED_REGISTERS<C>>();
         if (warp_id() == LOAD_WARP) load_everything<C>(p, layout);
         if (C::ACCUMULATE_DQ && warp_id() == REDUCE_WARP) reduce_everything<C>(p, layout);
     } else {
-        setmaxnreg_inc<CONSUMER_REGISTERS>();
+        setmaxnreg_inc<CONSUMER_REGISTERS<C>>();
         Consumer<C> consumer(p, layout);
         consumer.walk();
         consumer.finish();

@@ -19,8 +19,10 @@ namespace backward::sm90 {
 
 constexpr int CONSUMERS = 256, CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int LOAD_WARP = CONSUMER_WARPS, REDUCE_WARP = CONSUMER_WARPS + 1;
-// Registers per thread: (24 + 2 * 240) * 128 is what 384 threads of 168 have.
-constexpr int FEED_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+// Registers per thread: (24 + 2 * 240) * 128 is what 384 threads of 168 have. Walking a mask's map of tiles takes
+// more of them.
+template <class C> constexpr int FEED_REGISTERS = C::Mask::CONTIGUOUS ? 24 : 40;
+template <class C> constexpr int CONSUMER_REGISTERS = C::Mask::CONTIGUOUS ? 240 : 232;
 constexpr int CONSUMER_BARRIER = 1;  // a named barrier of all consumers
 
 template <class C> struct Layout {

@@ -73,6 +73,33 @@ def test_gradients_pass_rule_t_in_three_schedules(case: Case) -> None:
         assert any(n.startswith("backward_dq_") for n in kernels(machine)) == bool(case.alibi)
 
 
+OPTION = Case(batch=(2,), heads=3, heads_kv=1, len_q=70, len_k=150, head_dim=64)
+OPTION_CASES = [
+    replace(OPTION, mask="dense"),
+    replace(OPTION, mask="keys", head_dim=128, causal=True),
+    replace(OPTION, mask="blocks_partial", block=(32, 48), heads=1, len_q=300),
+    replace(OPTION, mask="blocks", block=(32, 48), head_dim=128, window=(60, 20)),
+    replace(OPTION, mask="tiles", head_dim=96, block=(32, 48), softcap=5.0),
+    replace(OPTION, bias="Hqk"),
+    replace(OPTION, bias="1k", bias_dtype="float32", bias_inf=True, head_dim=128),
+    replace(OPTION, dropout=0.5),
+    replace(OPTION, dropout=0.1, head_dim=128, causal=True),
+    replace(OPTION, sinks="own", head_dim=96),
+]
+
+
+@pytest.mark.parametrize("case", OPTION_CASES, ids=str)
+def test_options_pass_rule_t_in_two_schedules(case: Case) -> None:
+    for seed, deterministic in ((0, True), (1, False)):
+        with Emulator(ARCH, seed=seed) as machine:
+            check(machine, case, deterministic=deterministic, dlse=seed == 0)
+        (name,) = hopper_kernels(machine)
+        # Whose turn it is, only a band tells: with a mask dQ has a pass of its own.
+        passes = [n for n in kernels(machine) if n.startswith("backward_dq_")]
+        assert len(passes) == (deterministic and case.mask is not None)
+        assert passes or ("turns" if deterministic else "accumulate") in name
+
+
 @pytest.mark.parametrize("case", [HEAD_DIMS[64], HEAD_DIMS[128], SHAPED[1]], ids=str)
 def test_turns_give_the_same_bits_in_every_schedule(case: Case) -> None:
     data, options = answer(case).data, case.options()
