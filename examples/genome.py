@@ -13,6 +13,7 @@ stretch it has not seen, beside tables of how often each base stands between its
 The first prints, in nats per hidden base of 65,536 it has not seen: 1.3812 for each base's own frequency,
 1.3680, 1.3584, 1.3489 between 1, 2, 3 neighbours to either side, and 1.3497 +- 0.0025 for the model. A step
 on all of them takes 1.1 GiB; matrices of scores would take 256.
+
 Exit status 1 when the model does not beat the table of nearest neighbours.
 """
 
