@@ -36,7 +36,11 @@ def test_main_instructions(element: str, dim: int) -> None:
     assert count(r"STSM\.16\.M88\.4") == dim // 16
     assert count(r"USETMAXREG") == 2
     assert count(r"(HMMA|LDSM|LDGSTS)\b") == 0
-    assert count(r"(LDL|STL)\b") == 0, found
+    # Only the copying warps may keep something in memory.
+    text = test_disassembly.listing(ARCH, "forward_sm90", element, dim)
+    spilled = [line for line in text.splitlines() if re.search(r"\b(LDL|STL)\b", line)]
+    assert not spilled or dim > 128
+    assert set(spilled) <= set(reachable(text, "USETMAXREG.DEALLOC"))
 
 
 @pytest.mark.parametrize(("element", "dim"), [("f16", 128), ("bf16", 64), ("f16", 256)])
