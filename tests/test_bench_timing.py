@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import pytest
 
+import cuflash
 from bench import portable, timing
 from bench.host import NullDevice
 from cuflash import _plan
+from cuflash._device import use_device
 
 
 class FakeCupy:
@@ -123,3 +126,16 @@ def test_seen_as_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert _cupy_device.device_of(None).arch == "sm_90"
         raise ZeroDivisionError
     assert _cupy_device.device_of(None) is hopper
+
+
+def test_the_same_call_runs_on_either_family() -> None:
+    q = np.empty((8, 16, 2048, 128), np.float16)  # never touched
+    hopper = NullDevice("sm_90a")
+    for device, family in ((hopper, "sm90"), (portable.portable_of(hopper), "")):
+        with use_device(device):
+            forward = cuflash.explain(q, q, q).plan.launches
+            backward = cuflash.explain(q, q, q, backward=True).plan.launches
+        names = [launch.spec.kernel for launch in (*forward, *backward)]
+        found = [name for name in names if "sm90" in name]
+        assert found == (["forward_sm90", "backward_sm90"] if family else [])
+        assert {launch.spec.arch for launch in forward} == {"sm_90a" if family else "sm_90"}
