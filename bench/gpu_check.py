@@ -122,7 +122,7 @@ def run(step: Step, log: Path, seconds: float = float("inf")) -> dict[str, Any]:
         elif limit < LEAST:
             status = "not run: no time left in its portion"
         else:
-            status, code = run_process(step.command, file, limit)
+            status, code = run_process(step, file, limit)
     output = log.read_bytes()[begin:].decode(errors="replace")
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n===== {status}\n")
@@ -130,11 +130,11 @@ def run(step: Step, log: Path, seconds: float = float("inf")) -> dict[str, Any]:
             "exit": code, "seconds": time.perf_counter() - start, "tail": output[-TAIL:]}  # fmt: skip
 
 
-def run_process(command: Sequence[str], file: Any, limit: float) -> tuple[str, int | None]:
+def run_process(step: Step, file: Any, limit: float) -> tuple[str, int | None]:
     """Status and exit code; after the limit it is ended, with all processes it has started."""
     try:
         process = subprocess.Popen(
-            command,
+            step.command,
             cwd=report.ROOT,
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -152,7 +152,7 @@ def run_process(command: Sequence[str], file: Any, limit: float) -> tuple[str, i
     except BaseException:  # interrupted: nothing stays behind on the GPU
         end(process)
         raise
-    return ("passed" if code == 0 else "FAILED"), code
+    return ("passed" if code in step.passes else "FAILED"), code
 
 
 def end(process: subprocess.Popen[Any]) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ def test_a_failing_step_is_recorded(tmp_path: Path) -> None:
     result = gpu_check.run(step("fails", "print('seen'); raise SystemExit(3)"), log)
     assert (result["status"], result["exit"]) == ("FAILED", 3)
     assert result["tail"] == "seen\n"
+    expected = replace(step("short", "raise SystemExit(3)"), passes=(0, 3))
+    assert gpu_check.run(expected, tmp_path / "other")["status"] == "passed"
     assert "===== fails: " in log.read_text() and log.read_text().endswith("===== FAILED\n")
 
 
