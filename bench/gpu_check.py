@@ -34,6 +34,7 @@ from cuflash._system import cupy_or_reason
 __all__ = ["PYTHON", "Step", "main", "run", "steps"]
 
 TAIL = 4000  # characters of a step's output kept in the JSON; the log has all
+TRACEBACK = "Traceback (most recent call last)"
 LEAST = 5.0  # seconds under which a step is not begun
 
 
@@ -124,6 +125,8 @@ def run(step: Step, log: Path, seconds: float = float("inf")) -> dict[str, Any]:
         else:
             status, code = run_process(step, file, limit)
     output = log.read_bytes()[begin:].decode(errors="replace")
+    if code and status == "passed" and TRACEBACK in output:  # Python's own exit status is 1, too
+        status = "FAILED"
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n===== {status}\n")
     return {"name": step.name, "part": step.part, "command": list(step.command), "status": status,

@@ -30,6 +30,8 @@ def test_a_failing_step_is_recorded(tmp_path: Path) -> None:
     assert result["tail"] == "seen\n"
     expected = replace(step("short", "raise SystemExit(3)"), passes=(0, 3))
     assert gpu_check.run(expected, tmp_path / "other")["status"] == "passed"
+    crash = replace(step("crash", "1 / 0"), passes=(0, 1))
+    assert gpu_check.run(crash, tmp_path / "other")["status"] == "FAILED"
     assert "===== fails: " in log.read_text() and log.read_text().endswith("===== FAILED\n")
 
 
