@@ -63,6 +63,9 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
 
     const Shape& shape = p.shape;
     const Work work = decode<C>(p, shape.heads);
+    static_assert(C::BLOCK_Q == TURN_ROWS, "a block has one counter");
+    if (p.dq_turns != nullptr && threadIdx.x == 0)
+        p.dq_turns[((i64)work.batch * shape.heads + work.head) * p.schedule.tiles + work.tile] = 0;
     const int row_0 = work.tile * C::BLOCK_Q;
     const i64 first = statistics_row<C>(p, work, work.head);  // of this head in the workspaces
     const Storage* out_gmem = (const Storage*)p.out + head_offset(work, p.out_strides, work.head);
@@ -97,9 +100,6 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
         }
     }
     if (p.dq_accum == nullptr) return;
-    static_assert(C::BLOCK_Q == TURN_ROWS, "a block has one counter");
-    if (p.dq_turns != nullptr && threadIdx.x == 0)
-        p.dq_turns[((i64)work.batch * shape.heads + work.head) * p.schedule.tiles + work.tile] = 0;
     const int rows = min(C::BLOCK_Q, shape.len_q - row_0);
     float4* accum = (float4*)(p.dq_accum + (first + row_0) * C::HEAD_DIM);
     for (int i = threadIdx.x; i < rows * (C::HEAD_DIM / 4); i += C::WARPS * 32)

@@ -74,7 +74,7 @@ def kernels(arch: str) -> list[Specialization]:
 
 def group_of(spec: Specialization) -> str:
     """The word under which kernels are compiled together: "forward", "backward_dq", ..., "rows"."""
-    heavy = ("forward", "forward_sm90", "backward_dkdv", "backward_dq")
+    heavy = ("forward", "forward_sm90", "backward_dkdv", "backward_dq", "backward_sm90")
     return f"{spec.kernel} {spec.element}" if spec.kernel in heavy else "rows"
 
 
