@@ -148,6 +148,10 @@ class Views:
             struct["head"], struct["row"], struct["key"] = view.strides[-3:]
         elif TRAILING[name] == 3:
             struct["head"], struct["row"] = view.strides[-3:-1]
+            if view.shape[-2] == 1:
+                # Any number, which need not be one of whole 16-byte pieces; and copies of 16 bytes have
+                # their addresses checked for rows past the end too.
+                struct["row"] = 0
         elif TRAILING[name] == 2:
             struct["head"], struct["row"] = view.strides[-2:]
         else:

@@ -158,3 +158,28 @@ def test_copies_of_pair_arrays_keep_broadcast_axes(emulator: Machine, kind: str)
     (want, exact), (got, grads) = found
     for a, b in zip((got, *grads[:3]), (want, *exact[:3]), strict=True):
         np.testing.assert_allclose(a, b, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("lengths", [(1, 70), (70, 1)], ids=["one query", "one key"])
+def test_stride_of_a_single_row_is_never_used(emulator: Machine, lengths: tuple[int, int]) -> None:
+    """Tiles are copied in 16-byte pieces; those of rows past the end have addresses, too."""
+    len_q, len_k = lengths
+    rng = np.random.default_rng(2)
+
+    def odd(rows: int) -> np.ndarray:
+        """Aligned where it begins; rows, if there were several, would not be."""
+        memory = np.zeros(rows * 80 + 8, np.float16)
+        start = -(memory.__array_interface__["data"][0] // 2) % 8
+        step = (67 if rows == 1 else 72) * 2
+        view = np.lib.stride_tricks.as_strided(memory[start:], (1, rows, 64), (step, step, 2))
+        view[...] = rng.standard_normal(view.shape)
+        return view
+
+    q, k, v, dout = odd(len_q), odd(len_k), odd(len_k), odd(len_q)
+    bias = rng.standard_normal((len_q, len_k)).astype(np.float16)
+    for options in ({}, {"bias": bias}):
+        want, exact = Numpy().vjp(q, k, v, dout, **options)
+        for deterministic in (False, True):
+            got, grads = emulator.vjp(q, k, v, dout, deterministic=deterministic, **options)
+            for a, b in zip((got, *grads[:3]), (want, *exact[:3]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=4e-3, atol=4e-3)
