@@ -35,21 +35,23 @@ def nvdisasm() -> Path:
     raise FileNotFoundError("nvdisasm is not installed (pip install nvidia-cuda-nvdisasm)")
 
 
-def specialization(arch: str, kernel: str, element: str, dim: int) -> Specialization:
+def specialization(
+    arch: str, kernel: str, element: str, dim: int, variant: str = "linear"
+) -> Specialization:
     """The fast variant: plain scores, rows on 16-byte boundaries."""
     return next(
         spec
         for spec in matrix.kernels(arch)
         if (spec.kernel, spec.element, spec.head_dim, spec.head_dim_v)
         == (kernel, element, dim, dim)
-        and spec.variant == "linear"
+        and spec.variant == variant
     )
 
 
 @functools.cache
-def listing(arch: str, kernel: str, element: str, dim: int) -> str:
+def listing(arch: str, kernel: str, element: str, dim: int, variant: str = "linear") -> str:
     """The machine code of a kernel as text."""
-    _, _, cubin = matrix.compile_one(specialization(arch, kernel, element, dim), 12)
+    _, _, cubin = matrix.compile_one(specialization(arch, kernel, element, dim, variant), 12)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -59,9 +61,11 @@ def listing(arch: str, kernel: str, element: str, dim: int) -> str:
 
 
 @functools.cache
-def opcodes(arch: str, kernel: str, element: str, dim: int) -> dict[str, int]:
+def opcodes(
+    arch: str, kernel: str, element: str, dim: int, variant: str = "linear"
+) -> dict[str, int]:
     """How often each machine instruction occurs, by its full name ("STG.E.128")."""
-    text = listing(arch, kernel, element, dim)
+    text = listing(arch, kernel, element, dim, variant)
     found: dict[str, int] = {}
     for name in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M):
         found[name] = found.get(name, 0) + 1
