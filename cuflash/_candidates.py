@@ -85,15 +85,13 @@ OPTION_VARIANTS = (
 
 
 def listed_variants(element: str, dims: tuple[int, int]) -> tuple[Variant, ...]:
-    """The variants that tests compile. Of 16-bit formats all; the wide ones share their source, so a
-    few kernels stand for the others.
+    """The variants that tests compile. Of wide formats, which share their source with the others, every
+    option alone at one head dim, and at all of them what is most and least.
     """
     plain = Variant("linear"), Variant("shaped")
-    if ITEM_BYTES[element] == 2:
+    if ITEM_BYTES[element] == 2 or dims == (64, 64):
         return (*plain, *OPTION_VARIANTS)
-    if dims == (64, 64):
-        return plain[:1] if element == TF32 else plain
-    return plain[:1] if dims == (128, 128) and element != TF32 else ()
+    return (*plain, OPTION_VARIANTS[-1])
 
 
 def specialize(

@@ -221,7 +221,7 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         plan = _plan.plan(problem, device)
         lines += [f"  first {spec.name}" for spec in side_kernels(problem, device.arch)]
         lines += _launches(plan)
-        lines += _slow(problem, device.arch)
+        lines += _arithmetic(problem, device.arch)
     else:
         lines += _plan.describe_refusals(problem, device.arch).splitlines()[-1:]
     return Explanation(asked, name, reasons, plan, "\n".join(lines))
@@ -310,15 +310,26 @@ def _cpu(problem: Problem) -> Iterator[str]:
     )
 
 
-def _slow(problem: Problem, arch: str) -> list[str]:
-    """What runs without fast matrix instructions."""
-    if arch == "sm_75" and problem.dtype in ("float32", "float64"):
+def _arithmetic(problem: Problem, arch: str) -> list[str]:
+    """How products of float32 and float64 are made, and where that is slow."""
+    from cuflash._candidates import element_of
+
+    if problem.dtype not in ("float32", "float64"):
+        return []
+    if arch == "sm_75":  # also where precision="tf32" was asked for
         return [
-            f"  slow: {arch} has no matrix instructions for {problem.dtype}, only multiply-adds"
+            f"  products by FMA of {problem.dtype}",
+            f"  slow: {arch} has no matrix instructions for {problem.dtype}, only multiply-adds",
         ]
+    how = {
+        "f32": "3xTF32: three TF32 products of factors split in two, sums in float32",
+        "f32tf32": "TF32: one product of factors rounded to 10 bits, sums in float32",
+        "f64": "DMMA: matrix instructions of float64",
+    }
+    lines = [f"  products by {how[element_of(problem, arch)]}"]
     if problem.dtype == "float64" and not arch.startswith(("sm_80", "sm_90")):
-        return [f"  slow: {arch} computes float64 at 1/64 of its float32 rate"]
-    return []
+        lines.append(f"  slow: {arch} computes float64 at 1/64 of its float32 rate")
+    return lines
 
 
 def _launches(plan: Any) -> Iterator[str]:

@@ -178,9 +178,21 @@ def test_precision_is_checked() -> None:
         cuflash.attention(wide, wide, wide, precision="tf32")
 
 
-def test_explain_says_where_it_is_slow() -> None:
-    q = np.zeros((1, 4, 8))
-    with Emulator("sm_75"):
-        assert "multiply-adds" in str(cuflash.explain(q, q, q))
-    with Emulator("sm_80"):
-        assert "slow" not in str(cuflash.explain(q, q, q))
+def test_explain_says_which_products_run_and_where_they_are_slow() -> None:
+    wide = np.zeros((1, 4, 8))
+    narrow, half = wide.astype(np.float32), wide.astype(np.float16)
+
+    def said(arch: str, q: np.ndarray, **options: Any) -> tuple[str, bool]:
+        with Emulator(arch):
+            text = str(cuflash.explain(q, q, q, **options))
+            assert ("products by" in text) == (q is not half)
+            return text.partition("products by ")[2].partition("\n")[0], "slow" in text
+
+    for arch in ("sm_80", "sm_86", "sm_90a", "sm_120"):
+        assert said(arch, narrow)[0].startswith("3xTF32") and not said(arch, narrow)[1]
+        assert said(arch, narrow, precision="tf32")[0].startswith("TF32")
+        assert said(arch, wide)[0].startswith("DMMA")
+        assert said(arch, wide)[1] == (arch in ("sm_86", "sm_120"))
+    for q, options in ((narrow, {}), (narrow, {"precision": "tf32"}), (wide, {})):
+        assert said("sm_75", q, **options) == (f"FMA of {q.dtype}", True)
+    assert said("sm_75", half) == said("sm_80", half) == ("", False)
