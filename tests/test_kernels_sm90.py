@@ -7,11 +7,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import packed
-from tests.cases import OPTIONS, Case, answer, check
-from tests.machines import Emulator, same_bits
+from tests.cases import OPTIONS, Case, answer, check, covering
+from tests.machines import Emulator, Numpy, same_bits
 from tests.packed import Packed
 
 ARCH = "sm_90a"
@@ -71,6 +72,87 @@ def test_passes_rule_t_in_three_schedules(case: Case) -> None:
             check(machine, case, gradients=False)
         (name,) = kernels(machine)
         assert name.startswith("forward_sm90_")
+
+
+COVERING = covering(
+    dtype=("float16", "bfloat16"),
+    lengths=[(1, 1), (1, 130), (192, 128), (193, 257), (33, 129), (17, 5), (129, 385)],
+    dims=[(64, 64), (128, 128), (40, 64)],
+    heads=[(2, 2), (6, 2), (7, 1)],
+    batch=[(2,), (), (1, 2)],
+)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_pairs_of_options_pass_rule_t(case: Case) -> None:
+    """Every pair of values of any two options."""
+    with Emulator(ARCH, seed=case.seed) as machine:
+        check(machine, case, gradients=False)
+
+
+def places(name: str, x: np.ndarray) -> np.ndarray:
+    """The same numbers elsewhere in memory: rows apart, heads broadcast, rows backwards, columns apart."""
+    if name == "apart":
+        room = np.full((*x.shape[:-2], x.shape[-2] + 3, x.shape[-1] + 24), np.nan, x.dtype)
+        view = room[..., 2:-1, 16:-8]
+    elif name == "broadcast":
+        return np.broadcast_to(x[:, :1].copy(), x.shape)
+    elif name == "backwards":
+        view = np.empty_like(x)[..., ::-1, :]
+    else:
+        view = np.empty((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)[..., ::2]
+    view[...] = x
+    return view
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("apart", "forward_sm90_f16_d64_linear"),
+        ("broadcast", "forward_sm90_f16_d64_linear"),
+        ("backwards", "forward_f16_d64_linear"),
+        ("columns", "forward_f16_d64_shaped"),
+    ],
+)
+def test_any_strides(name: str, kernel: str) -> None:
+    """What the copy engine cannot step along goes to the portable kernel; results are the same numbers."""
+    case = Case(batch=(2,), heads=4, heads_kv=4, len_q=70, len_k=200, causal=True)
+    q, k, v = (
+        places(name, x) for x in (answer(case).data.q, answer(case).data.k, answer(case).data.v)
+    )
+    out = places("apart", np.zeros_like(q)) if name == "apart" else None
+    with Emulator(ARCH) as machine:
+        got = machine.attention(q, k, v, causal=True, out=out)
+        assert kernels(machine) == [kernel]
+        plain = machine.attention(*map(np.ascontiguousarray, (q, k, v)), causal=True)
+    if name in ("apart", "broadcast"):
+        assert same_bits(np.ascontiguousarray(got), plain)
+    assert np.allclose(got.astype("f4"), plain.astype("f4"), atol=2e-3)
+    if out is not None:
+        assert got is out and np.isnan(out.base).sum() == out.base.size - out.size
+
+
+def test_infinities_and_nans_reach_the_pairs_that_see_them() -> None:
+    """Beside finite rows in the same tiles, and behind packed sequences."""
+    case = Case(batch=(), heads=2, heads_kv=1, len_q=300, len_k=300, head_dim=128)
+    data = answer(case).data
+    v = data.v.copy()
+    v[0, 130, 3], v[0, 131, 5], v[0, 290, 7] = np.nan, np.inf, -np.inf
+    for options in ({"causal": True}, {"window": (40, 30)}):
+        exact = Numpy().attention(*(x.astype("f8") for x in (data.q, data.k, v)), **options)
+        for seed in (0, 1):
+            with Emulator(ARCH, seed=seed) as machine:
+                out = machine.attention(data.q, data.k, v, **options)
+            assert np.array_equal(np.isfinite(out), np.isfinite(exact))
+            assert np.allclose(out.astype("f8"), exact, atol=4e-3, equal_nan=True)
+    ends = np.array([0, 140, 300], np.int32)
+    with Emulator(ARCH) as machine:
+        out = machine.varlen(data.q, data.k, v, ends, ends)
+        assert kernels(machine)[-1].startswith("forward_sm90_")
+    finite = np.isfinite(out)
+    # The first sequence ends inside a tile whose other rows are the second one's.
+    assert not finite[:, :140, [3, 5]].any() and not finite[:, 140:, 7].any()
+    assert finite[:, :140, 7].all() and finite[:, 140:, [3, 5]].all()
 
 
 OPTION = Case(batch=(2,), heads=3, heads_kv=1, len_q=150, len_k=301, head_dim=64)
