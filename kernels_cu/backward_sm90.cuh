@@ -203,9 +203,13 @@ template <class C> struct Consumer {
         if constexpr (Score::FOLDED && !C::DROPOUT) {
             wgmma_wait<1>();
             wgmma_pin(s);
+            u32 bits = 0;
             each_pair(statistics, [&](int n, int e, float lse_log2) {
                 s.x[0][n][e] = probability(score.at(s.x[0][n][e], 0, 0).log2, lse_log2);
+                bits |= __float_as_uint(s.x[0][n][e]);
             });
+            // One instruction per two weights, and none of them has a sign.
+            finish_before_wait(__uint_as_float(bits), 0.f);
             wgmma_wait<0>();
             wgmma_pin(ds);
             each_pair(statistics + L::DELTA, [&](int n, int e, float delta) {
