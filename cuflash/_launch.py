@@ -198,6 +198,7 @@ class PreparedForward:
             (step,) = self._steps
             kernel = _launch_maps.mapped_forward(device, step.kernel, problem, self._views, spec)
             self._steps = [replace(step, kernel=kernel)]
+        self._first = functools.partial(run, self._steps)
 
     def __call__(
         self,
@@ -243,9 +244,9 @@ class PreparedForward:
             if self._has_options and arrays is not None:
                 pointers = (*pointers, *self._options.pointers(arrays, extra, held))
             if self._parts is None:
-                run(self._steps, pointers)
+                self._first(pointers)
             else:
-                self._parts(functools.partial(run, self._steps), pointers)
+                self._parts(self._first, pointers)
             if target is not out:
                 out[...] = target
             return out, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from cuflash._views import Views
 
 # Places of out and lse among the pointers of a forward launch.
 OUT, LSE = 3, 4
+_RESULTS = struct.Struct("<2Q")
 
 
 class PartsMerge:
@@ -28,24 +30,26 @@ class PartsMerge:
         self._row_bytes = self._dtype.itemsize * rows
         self._part_bytes = self._row_bytes * columns
         self._size = self._parts * rows * (columns + 1)
-        struct = np.zeros((), _params.MERGE)
-        struct["rows"], struct["parts"], struct["head_dim_v"] = rows, self._parts, columns
-        views.fill(struct["out_strides"], "out")
-        struct["batch_extent"] = views.batch_extent
-        struct["heads"], struct["len_q"] = problem.heads, problem.len_q
-        struct["outs_are_float"] = True
-        self._pack = _params.Packer(struct, 2 * _params.MERGE_MAX_PARTS + 2)
+        values = np.zeros((), _params.MERGE)
+        values["rows"], values["parts"], values["head_dim_v"] = rows, self._parts, columns
+        views.fill(values["out_strides"], "out")
+        values["batch_extent"] = views.batch_extent
+        values["heads"], values["len_q"] = problem.heads, problem.len_q
+        values["outs_are_float"] = True
+        most = _params.MERGE_MAX_PARTS
+        self._tail = _params.Packer(values, 2 * most + 2).tail
+        # Addresses of the parts' out and lse in the workspace; those of parts there are not, nobody reads.
+        part = np.arange(most, dtype=np.uint64)
+        self._lse_at = self._parts * self._part_bytes
+        lses = np.uint64(self._lse_at) + part * np.uint64(self._row_bytes)
+        self._places = np.concatenate([part * np.uint64(self._part_bytes), lses])
 
     def __call__(self, first: Callable[[Sequence[int]], None], pointers: Sequence[int]) -> None:
         """Queue `first`, which writes parts, and their merge into the call's own out and lse."""
-        count, part, row = self._parts, self._part_bytes, self._row_bytes
         # Alive until both are queued; then the pool hands it out again in the order of the stream.
         workspace = self._device.empty((self._size,), self._dtype)
-        out_at = self._device.pointer(workspace)
-        lse_at = out_at + count * part
-        first((*pointers[:OUT], out_at, lse_at, *pointers[LSE + 1 :]))
-        unused = (0,) * (_params.MERGE_MAX_PARTS - count)
-        outs = (*range(out_at, lse_at, part), *unused)
-        lses = (*range(lse_at, lse_at + count * row, row), *unused)
-        params = self._pack(*outs, *lses, pointers[OUT], pointers[LSE])
+        at = self._device.pointer(workspace)
+        first((*pointers[:OUT], at, at + self._lse_at, *pointers[LSE + 1 :]))
+        results = _RESULTS.pack(pointers[OUT], pointers[LSE])
+        params = (self._places + at).tobytes() + results + self._tail
         self._kernel(self._launch.grid, self._launch.block, 0, params)
