@@ -30,6 +30,9 @@ template <class C> struct Consumer {
     // beside them.
     static constexpr int PARTS =
         C::BLOCK_Q == 128 && (!Score::FOLDED || C::DROPOUT || !Mask::CONTIGUOUS) ? 2 : 1;
+    // Where registers allow, dV is under way while dS is made.
+    static constexpr bool EARLY_DV =
+        Score::FOLDED && !C::DROPOUT && Mask::CONTIGUOUS && C::BLOCK_Q == 64;
     static constexpr int PART_Q = C::BLOCK_Q / PARTS, PART_Q8 = PART_Q / 8;
     using Scores = Accumulator<1, PART_Q8>;
     // P^T or dS^T, rounded: the A operands of 16 queries each.
@@ -106,6 +109,7 @@ template <class C> struct Consumer {
         const u32 q_smem = layout.q(visit.stage()), dout_smem = layout.dout(visit.stage());
         const int group = warpgroup();
         Rounded weights, gradients;
+        bool isolate;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
             Scores s, ds;
@@ -121,21 +125,36 @@ template <class C> struct Consumer {
                 ds, layout.v() + group * 64 * TileV::ROW_BYTES,
                 dout_smem + part * PART_Q * TileDout::ROW_BYTES);
             wgmma_commit();
-            score_gradients(score, s, ds, head, tile * C::BLOCK_Q + part * PART_Q,
-                            layout.lse_log2(visit.stage()) + part * PART_Q * 4);
-            weights.put(part, s);
-            gradients.put(part, ds);
+            const u32 statistics =
+                layout.lse_log2(visit.stage()) + part * PART_Q * 4 + fresh_thread_id() % 4 * 8;
+            if constexpr (EARLY_DV) {
+                make_weights(score, s, statistics);
+                weights.put(0, s);
+                isolate = isolates(tile);
+                if (isolate || cuts(tile)) hide(tile, weights);
+                if (isolate) {
+                    wgmma_wait<0>();
+                    repair(q_smem, dout_smem);
+                }
+                add_dv(weights, dout_smem);
+                wgmma_wait<1>();
+                wgmma_pin(ds);
+                make_gradients(s, ds, statistics);
+                gradients.put(0, ds);
+                if (isolate || cuts(tile)) hide(tile, gradients);
+            } else {
+                score_gradients(score, s, ds, head, tile * C::BLOCK_Q + part * PART_Q, statistics);
+                weights.put(part, s);
+                gradients.put(part, ds);
+            }
         }
-        const bool isolate = mask.isolates(rows_of_tile(tile), keys(), tile);
-        if (isolate || mask.cuts(rows_of_tile(tile), keys(), tile) ||
-            (tile + 1) * C::BLOCK_Q > p.shape.len_q)
-            hide(weights, gradients, tile);
-        if (isolate) repair(q_smem, dout_smem);
-
+        if constexpr (!EARLY_DV) {
+            isolate = isolates(tile);
+            if (isolate || cuts(tile)) hide(tile, weights, gradients);
+            if (isolate) repair(q_smem, dout_smem);
+            add_dv(weights, dout_smem);
+        }
         if constexpr (C::ACCUMULATE_DQ) put_gradients(gradients, layout.ds(visit.ds_stage()));
-        wgmma_fence();
-        multiply_gradient<TileDout>(dv, weights, dout_smem);
-        wgmma_commit();
         Accumulator<1, 8> dq;
         if constexpr (C::ACCUMULATE_DQ) {
             // dS of both warpgroups is there. It also says that the other one is through with the products
@@ -160,6 +179,21 @@ template <class C> struct Consumer {
         if constexpr (!C::ACCUMULATE_DQ) arrive(layout.dout_empty(visit.stage()));
         arrive(layout.q_empty(visit.stage()));
         if (isolate && repair_k) restore_keys();
+    }
+
+    DEV_METHOD bool isolates(int tile) const {
+        return mask.isolates(rows_of_tile(tile), keys(), tile);
+    }
+    DEV_METHOD bool cuts(int tile) const {
+        return mask.cuts(rows_of_tile(tile), keys(), tile) ||
+               (tile + 1) * C::BLOCK_Q > p.shape.len_q;
+    }
+
+    // dV += P^T dO, under way when this returns.
+    DEV_METHOD void add_dv(const Rounded& weights, u32 dout_smem) {
+        wgmma_fence();
+        multiply_gradient<TileDout>(dv, weights, dout_smem);
+        wgmma_commit();
     }
 
     // scores = A B^T over the head dim; 64 rows of A from a_smem on.
@@ -192,33 +226,41 @@ template <class C> struct Consumer {
                                           k > 0);
     }
 
+    // s: in raw products under way, out P. Everything is done before the wait for what is under way behind it.
+    DEV_METHOD static void make_weights(const Score& score, Scores& s, u32 statistics) {
+        wgmma_wait<1>();
+        wgmma_pin(s);
+        u32 bits = 0;
+        each_pair(statistics, [&](int n, int e, float lse_log2) {
+            s.x[0][n][e] = backward::probability(score.at(s.x[0][n][e], 0, 0).log2, lse_log2);
+            bits |= __float_as_uint(s.x[0][n][e]);
+        });
+        // One instruction per two weights, and none of them has a sign.
+        finish_before_wait(__uint_as_float(bits), 0.f);
+    }
+    // ds: in dP, out dS.
+    DEV_METHOD static void make_gradients(const Scores& s, Scores& ds, u32 statistics) {
+        each_pair(statistics + L::DELTA, [&](int n, int e, float delta) {
+            ds.x[0][n][e] = s.x[0][n][e] * (ds.x[0][n][e] - delta);
+        });
+    }
+
     // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the accumulator's
-    // rows, queries along its columns. Both products are in flight; the weights of a linear score are
+    // rows, queries along its columns. Both products are under way; the weights of a linear score are
     // made while the second one is.
     DEV_METHOD void score_gradients(const Score& score, Scores& s, Scores& ds, int head,
-                                    int first_row, u32 lse_smem) {
-        const int lane = fresh_thread_id() % 32;
-        const int i_0 = first_row + lane % 4 * 2, j_0 = first_key() + warp_key() + lane / 4;
-        const u32 statistics = lse_smem + lane % 4 * 8;
+                                    int first_row, u32 statistics) {
         if constexpr (Score::FOLDED && !C::DROPOUT) {
-            wgmma_wait<1>();
-            wgmma_pin(s);
-            u32 bits = 0;
-            each_pair(statistics, [&](int n, int e, float lse_log2) {
-                s.x[0][n][e] = probability(score.at(s.x[0][n][e], 0, 0).log2, lse_log2);
-                bits |= __float_as_uint(s.x[0][n][e]);
-            });
-            // One instruction per two weights, and none of them has a sign.
-            finish_before_wait(__uint_as_float(bits), 0.f);
+            make_weights(score, s, statistics);
             wgmma_wait<0>();
             wgmma_pin(ds);
-            each_pair(statistics + L::DELTA, [&](int n, int e, float delta) {
-                ds.x[0][n][e] = s.x[0][n][e] * (ds.x[0][n][e] - delta);
-            });
+            make_gradients(s, ds, statistics);
         } else {
             wgmma_wait<0>();
             wgmma_pin(s);
             wgmma_pin(ds);
+            const int lane = fresh_thread_id() % 32;
+            const int i_0 = first_row + lane % 4 * 2, j_0 = first_key() + warp_key() + lane / 4;
             const Work work = key_work().work;
             const dropout::KeepBits<C::DROPOUT, 1, PART_Q8, true> keep(
                 p, work, work.head * p.shape.group + head, first_row, first_key() + warp_key());
@@ -230,7 +272,8 @@ template <class C> struct Consumer {
                 for (int e = 0; e < 4; ++e) {
                     const Logit<float> logit =
                         score.at(s.x[0][n][e], i_0 + 8 * n + e % 2, j_0 + e / 2 * 8);
-                    const float weight = probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
+                    const float weight =
+                        backward::probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
                     s.x[0][n][e] = keep.kept(0, n, e) ? weight : 0.f;
                     ds.x[0][n][e] =
                         weight *
@@ -249,19 +292,15 @@ template <class C> struct Consumer {
             for (int e = 0; e < 4; ++e) act(n, e, e % 2 ? pair.y : pair.x);
         }
     }
-    DEV_METHOD static float probability(float logit_log2, float lse_log2) {
-        return backward::probability(logit_log2, lse_log2);
-    }
 
-    // Sets P and dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN. Rounded, they take
+    // Sets P or dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN. Rounded, they take
     // half of the registers.
-    DEV_METHOD void hide(Rounded& weights, Rounded& gradients, int tile) const {
+    template <class... Operands> DEV_METHOD void hide(int tile, Operands&... operands) const {
         each_hidden<1, Q8, true>(mask, p.shape.len_q, tile * C::BLOCK_Q, first_key() + warp_key(),
                                  [&](int, int n, int e) {
                                      const int place = n % 2 * 2 + e / 2;
                                      const u32 other = e % 2 ? 0x0000ffffu : 0xffff0000u;
-                                     weights.a[n / 2][place] &= other;
-                                     gradients.a[n / 2][place] &= other;
+                                     ((operands.a[n / 2][place] &= other), ...);
                                  });
     }
 
@@ -346,7 +385,7 @@ template <class C> struct Consumer {
     template <class Act> DEV_METHOD void each_repaired(Act act) {
         key_work().each(p, [&](int head, int tile) {
             mask = key_work().mask(p, head);
-            if (mask.isolates(rows_of_tile(tile), keys(), tile)) act(head, tile);
+            if (isolates(tile)) act(head, tile);
         });
     }
 
