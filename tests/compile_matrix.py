@@ -109,13 +109,13 @@ def in_tests(spec: Specialization) -> bool:
 
 
 def is_optional(spec: Specialization) -> bool:
-    """Whether a kernel is one for masks, biases, sinks, dropout, packed sequences, or wide elements."""
+    """Whether a kernel is one for masks, biases, sinks, dropout, packed sequences, parts of keys, or wide elements."""
     types = dict(spec.types)
     return (
         spec.element not in ("", "f16", "bf16")
         or types.get("Mask", "mask::Band") != "mask::Band"
         or types.get("Score", "").startswith("score::General")
-        or any(dict(spec.constants).get(name) for name in ("SINKS", "DROPOUT", "PACKED"))
+        or any(dict(spec.constants).get(name) for name in ("SINKS", "DROPOUT", "PACKED", "SPLIT"))
     )
 
 
