@@ -59,7 +59,8 @@ class Tile:
 
 # 2026-11-21, chosen.
 FORWARD: dict[tuple[int, int], Tile] = {
-    (64, 64): Tile(3, 128),
+    # Steps are short: copies begin three of them ahead.
+    (64, 64): Tile(3, 128, stages=4),
     (96, 96): Tile(2, 128),
     (128, 128): Tile(2, 128),
     (192, 128): Tile(2, 128),
@@ -70,7 +71,7 @@ FORWARD: dict[tuple[int, int], Tile] = {
 # Masks, dropout, sequences and the like need more than 160 registers.
 FORWARD_OPTIONS: dict[tuple[int, int], Tile] = {
     **FORWARD,
-    (64, 64): Tile(2, 128),
+    (64, 64): Tile(2, 128, stages=4),
     (192, 192): Tile(2, 96, turns=False),
     (256, 256): Tile(2, 64, turns=False, copying=24),
 }

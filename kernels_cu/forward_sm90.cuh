@@ -24,7 +24,6 @@ template <class C> struct ForwardSm90Layout {
     using KRing = Ring<KTile, C::STAGES>;
     using VRing = Ring<VTile, C::STAGES>;
     static constexpr int GROUPS = C::WARPS / 4 - 1;  // that multiply; the last one copies
-    static constexpr int CONSUMERS = GROUPS * WARPGROUP;
     // Output is staged where Q was, or beside: then the next Q can come during the last steps.
     static constexpr int Q = 0, K = QTile::BYTES, V = K + KRing::BYTES;
     static constexpr int OUT = C::OUT_APART ? V + VRing::BYTES : Q;

@@ -47,6 +47,7 @@ template <class C> struct Warpgroup {
         if constexpr (C::TAKE_TURNS)
             named_barrier_arrive(BARRIER_TURN + (group() + 1) % L::GROUPS, 2 * WARPGROUP);
     }
+    // Once per block: somebody gives warpgroup 0 its first turn, and it takes the one passed to it last.
     DEV void first_turn() {
         if (group() == L::GROUPS - 1) pass_turn();
     }
