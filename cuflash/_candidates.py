@@ -6,9 +6,9 @@ refuses a Problem; an empty list means that it can run. Numbers live in `_tuning
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
-
-import numpy as np
 
 from cuflash import _tuning, _tuning_wide
 from cuflash._compile import Specialization
@@ -94,6 +94,7 @@ def listed_variants(element: str, dims: tuple[int, int]) -> tuple[Variant, ...]:
     return (*plain, OPTION_VARIANTS[-1])
 
 
+@functools.cache
 def specialize(
     kernel: str,
     arch: str,
@@ -144,7 +145,7 @@ def total_heads(problem: Problem, heads: int) -> int:
     """Heads of the whole batch; those of all packed sequences lie in one row of the arrays."""
     if problem.packed is not None:
         return heads
-    return heads * int(np.prod(problem.batch, dtype=np.int64))
+    return heads * math.prod(problem.batch)
 
 
 def longest(problem: Problem) -> tuple[int, int]:

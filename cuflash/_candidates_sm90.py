@@ -97,9 +97,8 @@ def last_end(costs: np.ndarray, heads: int, section: int, blocks: int) -> int:
     """When the last block is done, if tiles are dealt out as kernels do it."""
     whole, rest = divmod(heads, section)
     order = np.concatenate((np.tile(np.repeat(costs, section), whole), np.repeat(costs, rest)))
-    turns = np.zeros(-(-len(order) // blocks) * blocks, np.int64)
-    turns[: len(order)] = order
-    turns = turns.reshape(-1, blocks)
+    turns = np.zeros((-(-len(order) // blocks), blocks), np.int64)
+    turns.reshape(-1)[: len(order)] = order
     turns[1::2] = turns[1::2, ::-1]
     return int(turns.sum(axis=0).max())
 

@@ -9,10 +9,9 @@ same rows in another batch or on another GPU, never from run to run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
-
-import numpy as np
 
 from cuflash import _candidates, _dtypes, _launch_merge, _params, _tuning
 from cuflash._compile import Specialization
@@ -112,7 +111,7 @@ class SplitForward:
             splits=splits,
         )
         parts = _candidates.launch(spec, heads, schedule, problem, "queries")
-        rows = int(np.prod(problem.batch, dtype=np.int64)) * problem.heads * problem.len_q
+        rows = math.prod(problem.batch) * problem.heads * problem.len_q
         dtype = _dtypes.BY_NAME[problem.dtype].lse.name
         scratch = (
             Scratch("part_out", (splits, rows, problem.head_dim_v), dtype),

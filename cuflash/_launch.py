@@ -12,6 +12,7 @@ on the same stream.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,7 +53,7 @@ def fill_shape(struct: np.ndarray, problem: Problem, views: Views, flags: int) -
         return max(lowest, min(highest, bound))
 
     struct["batch_extent"] = views.batch_extent
-    struct["batch"] = int(np.prod(problem.batch, dtype=np.int64))
+    struct["batch"] = math.prod(problem.batch)
     struct["heads"], struct["heads_kv"] = problem.heads, problem.heads_kv
     struct["group"] = problem.heads // problem.heads_kv
     struct["len_q"], struct["len_k"] = problem.len_q, problem.len_k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def _merge_once(
     struct["outs"][: len(outs)] = [device.pointer(part) for part in outs]
     struct["lses"][: len(lses)] = [device.pointer(part) for part in lses]
     struct["out"], struct["lse"] = device.pointer(target), device.pointer(lse)
-    rows = int(np.prod(shape[:-1], dtype=np.int64))
+    rows = math.prod(shape[:-1])
     struct["rows"], struct["parts"], struct["head_dim_v"] = rows, len(outs), shape[-1]
     struct["out_strides"]["batch"] = [0] * pad + merged["out"]
     struct["out_strides"]["head"], struct["out_strides"]["row"] = view.strides[-3:-1]
