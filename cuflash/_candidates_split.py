@@ -91,9 +91,12 @@ class SplitForward:
                 chosen = [v for v in variants if v.plain]
                 if len(variants) > len(chosen):
                     chosen.append(_ALL_OPTIONS)
-                for few in (True, False):
-                    for variant in chosen:
-                        yield self.specialization(arch, element, dims, variant, few=few)
+                # Where few rows have no tile of their own, the two are one.
+                yield from dict.fromkeys(
+                    self.specialization(arch, element, dims, variant, few=few)
+                    for few in (True, False)
+                    for variant in chosen
+                )
 
     def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
         """See Candidate."""
@@ -125,4 +128,4 @@ def merge_launch(arch: str, element: str, rows: int) -> Launch:
     """The launch that merges the parts of so many rows."""
     spec = _launch_merge.specialization(arch, element)
     warps = spec.constant("WARPS")
-    return Launch(spec, -(-rows // warps), warps * 32, 0, Schedule(0, 1, False))
+    return Launch(spec, -(-rows // warps), warps * 32, 0, Schedule(1, 1, False))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
 
-from cuflash import _candidates, _plan
+from cuflash import _plan
 from cuflash._device import Limits
 from cuflash._errors import UnsupportedError
 from cuflash._problem import Problem
@@ -99,8 +100,7 @@ def test_a_grid_beyond_the_launch_limit_is_refused_in_words() -> None:
 def test_workspace_is_linear_in_the_length() -> None:
     def elements(length: int) -> int:
         plan = _plan.plan(backward(len_q=length, len_k=length), FakeDevice("sm_80"))
-        sizes = [_candidates.np.prod(s.shape) for s in plan.scratch]
-        return int(sum(sizes))
+        return sum(math.prod(s.shape) for s in plan.scratch)
 
     assert elements(1 << 20) <= 1024 * elements(1 << 10) * 1.01
 
@@ -135,13 +135,18 @@ def test_the_general_variant_serves_what_the_fast_one_cannot() -> None:
 
 
 def test_a_length_never_enters_a_specialization() -> None:
-    specs = {
-        _plan.plan(problem(len_q=q, len_k=k, batch=(b,), q_offset=k - q), FakeDevice("sm_80"))
-        .launches[0]
-        .spec
-        for q, k, b in itertools.product((1, 64, 999), (1, 77, 4096), (1, 3))
-    }
-    assert len(specs) == 1
+    def variants(*lengths) -> set[str]:
+        plans = [
+            _plan.plan(problem(len_q=q, len_k=k, batch=(b,), q_offset=k - q), FakeDevice("sm_80"))
+            for q, k, b in itertools.product(*lengths)
+        ]
+        return {plan.launches[0].spec.variant for plan in plans}
+
+    assert variants((1, 64, 999), (1, 77, 1023), (1, 3)) == {"linear"}
+    # Two kinds of calls have kernels of their own, each one for all of its lengths.
+    assert variants((1, 7, 16), (1024, 5000, 10**6), (1, 300)) == {"split16_linear"}
+    assert variants((17, 64, 128), (1024, 5000, 10**6), (1, 3)) == {"split128_linear"}
+    assert variants((999, 10**5), (1024, 5000, 10**6), (3, 300)) == {"linear"}
 
 
 def test_deterministic_uses_no_reductions_into_dq() -> None:
