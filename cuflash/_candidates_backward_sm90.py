@@ -18,10 +18,13 @@ from cuflash._candidates import (
     specialize,
 )
 from cuflash._candidates_backward import Backward, BackwardKernels
+from cuflash._candidates_sm90 import MAX_STRIDE
 from cuflash._compile import Specialization
-from cuflash._problem import Operand, Problem
+from cuflash._launch_maps import BATCH_AXES
+from cuflash._problem import Problem
 from cuflash._tuning import Tile
 from cuflash._variants import Variant, variant_of
+from cuflash._views import merge_axes
 
 ARCH = "sm_90a"
 KERNEL = "backward_sm90"
@@ -33,8 +36,7 @@ TILES = {
     (96, 96): Tile(64, 128, 12, stages=2),
     (128, 128): Tile(64, 128, 12, stages=2),
 }
-MAX_MAP_BATCH_AXES = 2  # a tensor map has five axes; columns, rows and heads are three
-LOADED = ("q", "k", "v", "dout")
+LOADED = ("q", "k", "v", "dout")  # by tensor maps
 
 
 def shared_bytes(tile: Tile, head_dim: int, accumulate: bool) -> int:
@@ -131,18 +133,19 @@ def _refused_options(problem: Problem) -> list[str]:
 def _refused_memory(problem: Problem) -> list[str]:
     """What the copy engine cannot read."""
     reasons = []
+    # Operand strides are 0 where an array is broadcast, and of missing axes.
+    steps = {name: operand.strides[:-3] for name, operand in problem.operands}
+    steps = {name: (0,) * (len(problem.batch) - len(s)) + s for name, s in steps.items()}
+    axes = len(merge_axes(problem.batch, steps)[0])
+    if axes > BATCH_AXES:
+        reasons.append(f"{axes} separate batch axes, tensor maps have room for {BATCH_AXES}")
     for name, operand in problem.operands:
         if name not in LOADED:
             continue
-        if not operand.aligned or operand.shape[-1] % 8 != 0:
-            reasons.append(f"rows of {name} are not whole pieces of 16 bytes on such boundaries")
-        elif operand.shape[-2] > 1 and operand.strides[-2] <= 0:
-            reasons.append(f"rows of {name} do not lie one behind the other")
-        elif min(operand.strides) < 0 or map_batch_axes(operand) > MAX_MAP_BATCH_AXES:
-            reasons.append(f"{name} has strides that a tensor map cannot describe")
+        if not operand.aligned:
+            reasons.append(f"rows of {name} do not begin on 16-byte boundaries")
+        elif operand.shape[-2] > 1 and operand.strides[-2] == 0:
+            reasons.append(f"rows of {name} are all the same one")
+        elif any(not 0 <= step < MAX_STRIDE for step in operand.strides):
+            reasons.append(f"strides of {name}: {operand.strides} bytes, not positive")
     return reasons
-
-
-def map_batch_axes(operand: Operand) -> int:
-    """Axes of a tensor map that an array's batch needs."""
-    return sum(stride != 0 for stride in operand.strides[:-3])

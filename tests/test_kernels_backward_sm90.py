@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cuflash
+from tests import oracle
 from tests.cases import Case, answer, check
 from tests.machines import Emulator, normal, same_bits
 
@@ -146,3 +148,60 @@ def test_nan_and_inf_reach_the_pairs_that_see_them_and_no_others(
         a, b = (getattr(g, gradient).astype(float) for g in (grads, portable))
         assert np.array_equal(np.isfinite(a), np.isfinite(b)), gradient
     assert not all(np.isfinite(getattr(grads, n).astype(float)).all() for n in "qkv")
+
+
+def test_rows_inside_wider_ones_and_gradients_of_any_strides() -> None:
+    """Columns past the head dim are another array's, NaN here; gradients go to rows of 71 elements."""
+    rng = np.random.default_rng(5)
+    made = {
+        n: np.full((1, 150, 64), np.nan, np.float16)[:, :, :60] for n in ("q", "k", "v", "dout")
+    }
+    for x in made.values():
+        x[...] = normal(rng, *x.shape)
+    buffers = {n: np.full((1, 150, 71), np.nan, np.float16)[:, :, :60] for n in ("dq", "dk", "dv")}
+    q, k, v, dout = made.values()
+    for deterministic in (True, False):
+        run: dict[str, Any] = {"causal": True, "deterministic": deterministic}
+        with Emulator(ARCH, seed=2) as machine:
+            out, lse = machine.attention(q, k, v, causal=True, return_lse=True)
+            cuflash.attention_backward(dout, q, k, v, out, lse, **run, **buffers)
+            assert hopper_kernels(machine)
+        exact = oracle.exact(q, k, v, dout, causal=True)
+        honest = oracle.low_precision(q, k, v, dout, causal=True)
+        got = {n: buffers["d" + n] for n in "qkv"}
+        oracle.check_all("strides", exact, honest, q.dtype, grads=got)
+        assert all(np.isnan(x.base[:, :, 60:].astype(float)).all() for x in buffers.values())
+
+
+REFUSED = {
+    "32": "head dims 32 and 32 are not in 33 to 128",
+    "192": "head dims 192 and 192 are not in 33 to 128",
+    "float32": "float32 is not one of float16, bfloat16",
+    "odd rows": "rows of k do not begin on 16-byte boundaries",
+    "one row": "rows of k are all the same one",
+    "axes": "3 separate batch axes, tensor maps have room for 2",
+    "expression": "does not take a score expression",
+    "wrt": "neither the gradient of k nor of v is wanted",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused_is_named_and_runs_on_the_portable_family(what: str) -> None:
+    dim = int(what) if what.isdigit() else 64
+    dtype = np.float32 if what == "float32" else np.float16
+    q, k, v = (np.ones((2, 20, dim), dtype) for _ in range(3))
+    options: dict[str, Any] = {}
+    if what == "odd rows":
+        k = np.ones((2, 20, dim + 1), dtype)[:, :, :dim]
+    elif what == "one row":
+        k = np.broadcast_to(k[:, :1], k.shape)
+    elif what == "axes":
+        q, k, v = (np.ones((3, 5, 4, 2, 20, dim), dtype)[::2, ::2, ::2] for _ in range(3))
+    elif what == "expression":
+        options["score_mod"] = cuflash.ScoreMod("s + 1")
+    elif what == "wrt":
+        options["wrt"] = ("q",)
+    with Emulator(ARCH):
+        found = cuflash.explain(q, k, v, backward=True, **options)
+    assert found.refusals["backward_sm90"] == [REFUSED[what]]
+    assert found.plan.candidate == "backward" and REFUSED[what] in found.text
