@@ -11,6 +11,7 @@
 #pragma once
 
 #include "backward_sm90_feed.cuh"
+#include "backward_sm90_products.cuh"
 
 namespace backward::sm90 {
 
@@ -35,16 +36,7 @@ template <class C> struct Consumer {
         Score::FOLDED && !C::DROPOUT && Mask::CONTIGUOUS && C::BLOCK_Q == 64;
     static constexpr int PART_Q = C::BLOCK_Q / PARTS, PART_Q8 = PART_Q / 8;
     using Scores = Accumulator<1, PART_Q8>;
-    // P^T or dS^T, rounded: the A operands of 16 queries each.
-    struct Rounded {
-        u32 a[Q8 / 2][4];
-
-        DEV_METHOD void put(int part, const Scores& scores) {
-#pragma unroll
-            for (int k = 0; k < PART_Q8 / 2; ++k)
-                accumulator_to_a<Element>(a[part * (PART_Q8 / 2) + k], scores, 0, k);
-        }
-    };
+    using Operand = Rounded<Element, Q8>;
     // A warpgroup makes 64 rows and 64 columns of dQ: the other half of the rows or of the columns is the
     // other one's.
     static constexpr bool SPLIT_ROWS = C::BLOCK_Q == 128;
@@ -106,22 +98,57 @@ template <class C> struct Consumer {
     }
 
     DEV_METHOD void step(const Score& score, int head, int tile, Visit<C::STAGES> visit) {
+        Operand weights, gradients;
+        const bool isolate = make_operands(score, head, tile, visit, weights, gradients);
+        const u32 ds_smem = layout.ds(visit.ds_stage());
+        Accumulator<1, 8> dq;
+        if constexpr (C::ACCUMULATE_DQ) {
+            gradients.template store<TileDs>(ds_smem, warp_key());
+            // dS of both warpgroups is there. It also says that the other one is through with the products
+            // of the tile before, whose dS is overwritten next.
+            named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
+            wgmma_fence();
+            multiply_dq<Element, TileDs, TileK>(
+                dq, ds_smem + (SPLIT_ROWS ? warpgroup() * TileDs::SLAB_BYTES : 0),
+                layout.k() + (SPLIT_ROWS ? 0 : warpgroup() * TileK::SLAB_BYTES));
+            wgmma_commit();
+        }
+        wgmma_fence();
+        multiply_gradient<TileQ>(dk, gradients, layout.q(visit.stage()));
+        wgmma_commit();
+        if constexpr (C::ACCUMULATE_DQ) {
+            wgmma_wait<1>();
+            wgmma_pin(dq);
+            arrive(layout.dout_empty(visit.stage()));
+            put_dq(dq, warpgroup(), visit);
+        }
+        wgmma_wait<0>();
+        wgmma_pin(dv);
+        wgmma_pin(dk);
+        if constexpr (!C::ACCUMULATE_DQ) arrive(layout.dout_empty(visit.stage()));
+        arrive(layout.q_empty(visit.stage()));
+        if (isolate && repair_k) restore_keys();
+    }
+
+    // P and dS of a tile, rounded and with pairs hidden; dV is under way when this returns. True if some pairs
+    // that are hidden must not meet NaN and inf, which have been left out then.
+    DEV_METHOD bool make_operands(const Score& score, int head, int tile, Visit<C::STAGES> visit,
+                                  Operand& weights, Operand& gradients) {
         const u32 q_smem = layout.q(visit.stage()), dout_smem = layout.dout(visit.stage());
         const int group = warpgroup();
-        Rounded weights, gradients;
         bool isolate;
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) {
             Scores s, ds;
             if (part == 0) mbarrier_wait(layout.q_full(visit.stage()), visit.parity());
             wgmma_fence();
-            multiply_scores<TileK, TileQ, C::HEAD_DIM>(s,
-                                                       layout.k() + group * 64 * TileK::ROW_BYTES,
-                                                       q_smem + part * PART_Q * TileQ::ROW_BYTES);
+            multiply_scores<Element, TileK, TileQ, C::HEAD_DIM>(
+                s, layout.k() + group * 64 * TileK::ROW_BYTES,
+                q_smem + part * PART_Q * TileQ::ROW_BYTES);
             wgmma_commit();
             if (part == 0) mbarrier_wait(layout.dout_full(visit.stage()), visit.parity());
             wgmma_fence();
-            multiply_scores<TileV, TileDout, C::HEAD_DIM_V>(
+            multiply_scores<Element, TileV, TileDout, C::HEAD_DIM_V>(
                 ds, layout.v() + group * 64 * TileV::ROW_BYTES,
                 dout_smem + part * PART_Q * TileDout::ROW_BYTES);
             wgmma_commit();
@@ -139,7 +166,7 @@ template <class C> struct Consumer {
                 add_dv(weights, dout_smem);
                 wgmma_wait<1>();
                 wgmma_pin(ds);
-                make_gradients(s, ds, statistics);
+                make_gradients(s, ds, statistics + L::DELTA);
                 gradients.put(0, ds);
                 if (isolate || cuts(tile)) hide(tile, gradients);
             } else {
@@ -154,31 +181,7 @@ template <class C> struct Consumer {
             if (isolate) repair(q_smem, dout_smem);
             add_dv(weights, dout_smem);
         }
-        if constexpr (C::ACCUMULATE_DQ) put_gradients(gradients, layout.ds(visit.ds_stage()));
-        Accumulator<1, 8> dq;
-        if constexpr (C::ACCUMULATE_DQ) {
-            // dS of both warpgroups is there. It also says that the other one is through with the products
-            // of the tile before, whose dS is overwritten next.
-            named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-            wgmma_fence();
-            multiply_dq(dq, layout.ds(visit.ds_stage()), group);
-            wgmma_commit();
-        }
-        wgmma_fence();
-        multiply_gradient<TileQ>(dk, gradients, q_smem);
-        wgmma_commit();
-        if constexpr (C::ACCUMULATE_DQ) {
-            wgmma_wait<1>();
-            wgmma_pin(dq);
-            arrive(layout.dout_empty(visit.stage()));
-            put_dq(dq, group, visit);
-        }
-        wgmma_wait<0>();
-        wgmma_pin(dv);
-        wgmma_pin(dk);
-        if constexpr (!C::ACCUMULATE_DQ) arrive(layout.dout_empty(visit.stage()));
-        arrive(layout.q_empty(visit.stage()));
-        if (isolate && repair_k) restore_keys();
+        return isolate;
     }
 
     DEV_METHOD bool isolates(int tile) const {
@@ -190,59 +193,10 @@ template <class C> struct Consumer {
     }
 
     // dV += P^T dO, under way when this returns.
-    DEV_METHOD void add_dv(const Rounded& weights, u32 dout_smem) {
+    DEV_METHOD void add_dv(const Operand& weights, u32 dout_smem) {
         wgmma_fence();
         multiply_gradient<TileDout>(dv, weights, dout_smem);
         wgmma_commit();
-    }
-
-    // scores = A B^T over the head dim; 64 rows of A from a_smem on.
-    template <class TileA, class TileB, int DIM>
-    DEV_METHOD static void multiply_scores(Scores& scores, u32 a_smem, u32 b_smem) {
-        const KMajor a(a_smem), b(b_smem);
-#pragma unroll
-        for (int k = 0; k < DIM / 16; ++k)
-            wgmma_ss<Element, false, false>(scores, a.at(k_major_step<TileA::SLAB_BYTES>(k)),
-                                            b.at(k_major_step<TileB::SLAB_BYTES>(k)), k > 0);
-    }
-    // gradient += scores B.
-    template <class TileB, int N8>
-    DEV_METHOD static void multiply_gradient(Accumulator<1, N8>& gradient, const Rounded& scores,
-                                             u32 b_smem) {
-        const MnMajor<TileB::SLAB_BYTES> b(b_smem);
-#pragma unroll
-        for (int k = 0; k < Q8 / 2; ++k)
-            wgmma_rs<Element, true>(gradient, scores.a[k], b.at(mn_major_step(k)), 1);
-    }
-    // This warpgroup's half of dS K.
-    DEV_METHOD void multiply_dq(Accumulator<1, 8>& dq, u32 ds_smem, int group) const {
-        const MnMajor<TileDs::SLAB_BYTES> a(ds_smem +
-                                            (SPLIT_ROWS ? group * TileDs::SLAB_BYTES : 0));
-        const MnMajor<TileK::SLAB_BYTES> b(layout.k() +
-                                           (SPLIT_ROWS ? 0 : group * TileK::SLAB_BYTES));
-#pragma unroll
-        for (int k = 0; k < C::BLOCK_K / 16; ++k)
-            wgmma_ss<Element, true, true>(dq, a.at(mn_major_step(k)), b.at(mn_major_step(k)),
-                                          k > 0);
-    }
-
-    // s: in raw products under way, out P. Everything is done before the wait for what is under way behind it.
-    DEV_METHOD static void make_weights(const Score& score, Scores& s, u32 statistics) {
-        wgmma_wait<1>();
-        wgmma_pin(s);
-        u32 bits = 0;
-        each_pair(statistics, [&](int n, int e, float lse_log2) {
-            s.x[0][n][e] = backward::probability(score.at(s.x[0][n][e], 0, 0).log2, lse_log2);
-            bits |= __float_as_uint(s.x[0][n][e]);
-        });
-        // One instruction per two weights, and none of them has a sign.
-        finish_before_wait(__uint_as_float(bits), 0.f);
-    }
-    // ds: in dP, out dS.
-    DEV_METHOD static void make_gradients(const Scores& s, Scores& ds, u32 statistics) {
-        each_pair(statistics + L::DELTA, [&](int n, int e, float delta) {
-            ds.x[0][n][e] = s.x[0][n][e] * (ds.x[0][n][e] - delta);
-        });
     }
 
     // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the accumulator's
@@ -254,7 +208,7 @@ template <class C> struct Consumer {
             make_weights(score, s, statistics);
             wgmma_wait<0>();
             wgmma_pin(ds);
-            make_gradients(s, ds, statistics);
+            make_gradients(s, ds, statistics + L::DELTA);
         } else {
             wgmma_wait<0>();
             wgmma_pin(s);
@@ -283,34 +237,11 @@ template <class C> struct Consumer {
             }
         }
     }
-    // act(n, e, statistic of the element's query)
-    template <class Act> DEV_METHOD static void each_pair(u32 statistics, Act act) {
-#pragma unroll
-        for (int n = 0; n < PART_Q8; ++n) {
-            const float2 pair = ld_shared_f32x2(statistics + 32 * n);
-#pragma unroll
-            for (int e = 0; e < 4; ++e) act(n, e, e % 2 ? pair.y : pair.x);
-        }
-    }
-
     // Sets P or dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN. Rounded, they take
     // half of the registers.
     template <class... Operands> DEV_METHOD void hide(int tile, Operands&... operands) const {
         each_hidden<1, Q8, true>(mask, p.shape.len_q, tile * C::BLOCK_Q, first_key() + warp_key(),
-                                 [&](int, int n, int e) {
-                                     const int place = n % 2 * 2 + e / 2;
-                                     const u32 other = e % 2 ? 0x0000ffffu : 0xffff0000u;
-                                     ((operands.a[n / 2][place] &= other), ...);
-                                 });
-    }
-
-    // dS^T of this warp's keys to where the products of dQ find it.
-    DEV_METHOD static void put_gradients(const Rounded& gradients, u32 smem) {
-        const u32 lane = lane_major<TileDs>(smem + warp_key() * TileDs::ROW_BYTES);
-#pragma unroll
-        for (int k = 0; k < Q8 / 2; ++k)
-            stmatrix_x4(TileDs::moved(lane, 0, 16 * k), gradients.a[k]);
-        fence_proxy_async();
+                                 [&](int, int n, int e) { (operands.hide(n, e), ...); });
     }
 
     // dQ to where the other warpgroup's tile is reduced from, once the tile before has left.

@@ -82,9 +82,9 @@ MISTAKES = {
         "race|never written|without fence.proxy.async",
     ),
     "fence of ds": (
-        CONSUMER,
-        "gradients.a[k]);\n        fence_proxy_async();",
-        "gradients.a[k]);",
+        "backward_sm90_products.cuh",
+        "a[k]);\n        fence_proxy_async();",
+        "a[k]);",
         AsyncMisuse,
         "without fence.proxy.async",
     ),
