@@ -75,16 +75,16 @@ def test_gradients_pass_rule_t_in_three_schedules(case: Case) -> None:
         assert any(n.startswith("backward_dq_") for n in kernels(machine)) == bool(case.alibi)
 
 
-OPTION = Case(batch=(2,), heads=3, heads_kv=1, len_q=70, len_k=150, head_dim=64)
+OPTION = Case(batch=(), heads=3, heads_kv=1, len_q=70, len_k=150, head_dim=64)
 OPTION_CASES = [
-    replace(OPTION, mask="dense"),
+    replace(OPTION, mask="dense", batch=(2,)),
     replace(OPTION, mask="keys", head_dim=128, causal=True),
     replace(OPTION, mask="blocks_partial", block=(32, 48), heads=1, len_q=300),
     replace(OPTION, mask="blocks", block=(32, 48), head_dim=128, window=(60, 20)),
     replace(OPTION, mask="tiles", head_dim=96, block=(32, 48), softcap=5.0),
     replace(OPTION, bias="Hqk"),
     replace(OPTION, bias="1k", bias_dtype="float32", bias_inf=True, head_dim=128),
-    replace(OPTION, dropout=0.5),
+    replace(OPTION, dropout=0.5, batch=(2,)),
     replace(OPTION, dropout=0.1, head_dim=128, causal=True),
     replace(OPTION, sinks="own", head_dim=96),
 ]
