@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .form import Case, Form, blank
+from .form import Case, Form, Output, blank
 
 THREADS = 128
 
@@ -245,8 +245,37 @@ TRANSACTION = Form(
 )
 
 
+def _turns_case(rng: np.random.Generator) -> Case:
+    """Warp n, as the n-th, makes 5 x + n of x."""
+    start = rng.integers(0, 2**32, 1, np.uint32)
+    value = start.copy()
+    for warp in range(THREADS // 32):
+        value = value * np.uint32(5) + np.uint32(warp)
+    done = np.array([THREADS // 32], np.uint32)
+    return Case([Output(np.zeros(1, np.uint32)), Output(start)], [done, value])
+
+
+TURNS = Form(
+    name="turns_by_a_counter_in_global_memory",
+    group="sm_90a",
+    parameters="u32* counter, u32* value",
+    block=THREADS,
+    body="""
+    if (thread % 32 == 0) {
+        const u64 at = __cvta_generic_to_global(counter);
+        u32 turn;
+        do
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(turn) : "l"(at) : "memory");
+        while (turn != thread / 32);
+        *value = *value * 5 + turn;
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" :: "l"(at), "r"(turn + 1) : "memory");
+    }""",
+    make=_turns_case,
+)
+
 FORMS = [
     TRANSACTION,
+    TURNS,
     _rotate(
         "mbarrier_arrive_test_wait_parity",
         "sm_80",
