@@ -76,7 +76,13 @@ class CupyDevice:
 
     def tensor_map(self, pointer: int, layout: _tensor_maps.Layout) -> bytes:
         """By the driver, or from the cache."""
-        return _tensor_maps.encoded(pointer, layout)
+        try:
+            return _tensor_maps.encoded(pointer, layout)
+        except _tensor_maps.NoContextError:
+            # A thread's first call, whose memory came from the pool: nothing has bound the device's
+            # context to the thread yet, as CuPy does at a launch.
+            cupy.cuda.runtime.free(0)
+            return _tensor_maps.encoded(pointer, layout)
 
     def load(self, spec: _compile.Specialization) -> CupyKernel:
         """Build and load once per device."""

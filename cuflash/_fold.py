@@ -21,11 +21,14 @@ def folded(problem: Problem) -> Problem:
     """The Problem with a group's heads as rows, or the Problem itself where that changes meaning.
 
     Rows of one tile differ in their position and in what options give each head; so there may be no
-    such option, and the one position must see all keys.
+    such option, and the one position must see all keys. Where q is broadcast along its heads there are no
+    rows to step along, which tensor maps cannot say.
     """
     plain = not (problem.has_options or problem.alibi)
     group = problem.heads // max(1, problem.heads_kv)
     if not plain or problem.len_q != 1 or group < 2 or problem.direction != "forward":
+        return problem
+    if any(name == "q" and operand.strides[-3] == 0 for name, operand in problem.operands):
         return problem
     sees_first = problem.left is None or problem.q_offset <= problem.left
     sees_last = problem.right is None or problem.q_offset + problem.right >= problem.len_k - 1

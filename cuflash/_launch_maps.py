@@ -31,6 +31,8 @@ def layout_of(problem: Problem, views: Views, name: str, rows: int) -> Layout:
     """
     view, itemsize = views.views[name], 2
     assert len(views.extents) <= BATCH_AXES, "planned for arrays with fewer"
+    # Boxes count rows on, so there is no map of one row that stands for many.
+    assert view.shape[-2] == 1 or view.strides[-2] > 0, "planned for arrays whose rows step"
     extents = [1] * BATCH_AXES + views.extents
     steps = [0] * BATCH_AXES + views.batch[name]
     outer = zip(

@@ -25,6 +25,11 @@ SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _NOT_INTERLEAVED = 0
 _PROMOTE_TO_256_BYTES = 3  # CUtensorMapL2promotion: lines fetched together into the L2 cache
 _FILL_WITH_ZEROS = 0
+_INVALID_CONTEXT = 201  # CUresult
+
+
+class NoContextError(RuntimeError):
+    """The calling thread has no CUDA context yet."""
 
 
 class Layout(NamedTuple):
@@ -72,6 +77,8 @@ def encoded(pointer: int, layout: Layout) -> bytes:
 
     Raises
     ------
+    NoContextError
+        The thread has no CUDA context.
     RuntimeError
         The driver refused; planning should have known.
 
@@ -99,7 +106,8 @@ def encoded(pointer: int, layout: Layout) -> bytes:
         _FILL_WITH_ZEROS,
     )
     if status:
-        raise RuntimeError(
+        error = NoContextError if status == _INVALID_CONTEXT else RuntimeError
+        raise error(
             f"cuTensorMapEncodeTiled returned {status} for an array at {pointer:#x}, {layout}"
         )
     return ctypes.string_at(address, BYTES)

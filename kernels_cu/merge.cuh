@@ -53,6 +53,8 @@ template <class C> __device__ void merge(const MergeParams& p) {
     const Real total = merge_detail::warp_sum(weight);
     weight = total == 0 ? Real(0) : weight / total;
     if (lane == 0) ((Real*)p.lse)[row] = total == 0 ? minus_inf : shift + log(total);
+    // One part alone is the row, even if its lse is NaN: a row without keys is 0 beside any sink.
+    if (__popc(~without_keys) == 1) weight = 1;
 
     const i64 out_at = merge_detail::out_row(p, row);
     for (int first = 0; first < p.head_dim_v; first += 32) {

@@ -1,0 +1,97 @@
+"""Corners of Hopper's kernels, their launches and the split forward that a review found wrong."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuflash import _tensor_maps
+from cuflash._launch_maps import layout_of
+from cuflash._views import View, Views
+from tests.machines import HALVES, Emulator, Numpy, normal
+
+RNG = np.random.default_rng(90)
+LAYOUT = _tensor_maps.Layout("float16", (64, 50), (128,), (64, 64))
+
+
+def launched(machine: Any) -> list[str]:
+    return [name for name, *_ in machine.device.launches]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("heads", "heads_kv"), [(8, 2), (3, 1)])
+def test_one_query_broadcast_along_its_heads(heads: int, heads_kv: int, dtype: str) -> None:
+    """Heads of a group taken for rows would be rows of stride 0, which a tensor map cannot have: all but the
+    first were read as zeros.
+    """
+    one = normal(RNG, 2, 1, 1, 64, dtype=dtype)
+    k, v = (normal(RNG, 2, heads_kv, 300, 64, dtype=dtype) for _ in range(2))
+    q = np.broadcast_to(one, (2, heads, 1, 64))
+    with Emulator("sm_90a") as machine:
+        out = machine.attention(q, k, v)
+        dense = machine.attention(q.copy(), k, v)
+        assert len(launched(machine)) == 2
+    want = Numpy().attention(*(x.astype("f8") for x in (q, k, v)))
+    step = np.finfo("f2").eps if dtype == "float16" else 2.0**-7
+    np.testing.assert_allclose(out.astype("f8"), want, rtol=2 * step, atol=2 * step)
+    np.testing.assert_allclose(dense.astype("f8"), want, rtol=2 * step, atol=2 * step)
+
+
+def test_rows_that_do_not_step_have_no_map() -> None:
+    """Planning refuses them; were it to forget, the launch would not read zeros in their place."""
+
+    class Asked:
+        dtype, batch = "float16", ()
+
+    still: Any = Views(Asked, {"q": View((2, 5, 64), (64, 0, 1), False)})  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="rows step"):
+        layout_of(Asked, still, "q", 64)  # type: ignore[arg-type]
+    single: Any = Views(Asked, {"q": View((2, 1, 64), (64, 0, 1), False)})  # type: ignore[arg-type]
+    assert layout_of(Asked, single, "q", 64).dims[:3] == (64, 1, 2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sink", [np.nan, np.inf, -np.inf, 2.0])
+def test_rows_without_keys_are_zero_beside_any_sink_when_keys_are_shared_out(sink: float) -> None:
+    """The part that has the sink then has its logit for lse, and NaN of that made the merged row NaN."""
+    q = normal(RNG, 2, 5, 64)
+    k, v = (normal(RNG, 2, 1100, 64) for _ in range(2))
+    sinks = np.array([sink, 1], np.float32)
+    with Emulator("sm_80") as machine:
+        out, lse = machine.attention(
+            q, k, v, causal=True, q_offset=-2, sinks=sinks, return_lse=True
+        )
+        assert any("_split" in name for name in launched(machine))
+    assert not out[:, :2].any()
+    np.testing.assert_allclose(lse[:, :2], np.repeat(sinks[:, None], 2, 1), rtol=1e-6)
+    assert np.isfinite(lse[1]).all() and out[1, 2:].all()
+
+
+def test_a_thread_without_a_context_gets_one_before_its_first_map(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory from the pool and a prepared call bind no context; the driver then refuses with 201."""
+    cupy = pytest.importorskip("cupy")
+    from cuflash._cupy_device import CupyDevice
+
+    bound = threading.local()
+
+    def encode(*_: Any) -> int:
+        return 0 if getattr(bound, "context", False) else 201
+
+    def free(pointer: int) -> None:
+        assert pointer == 0
+        bound.context = True
+
+    monkeypatch.setattr(_tensor_maps, "_driver_function", lambda: encode)
+    monkeypatch.setattr(cupy.cuda.runtime, "free", free)
+    _tensor_maps.encoded.cache_clear()
+    found = []
+    device = object.__new__(CupyDevice)
+    thread = threading.Thread(target=lambda: found.append(device.tensor_map(1 << 20, LAYOUT)))
+    thread.start()
+    thread.join()
+    _tensor_maps.encoded.cache_clear()
+    assert [len(words) for words in found] == [_tensor_maps.BYTES]
