@@ -139,6 +139,10 @@ def _refused_memory(problem: Problem) -> list[str]:
     axes = len(merge_axes(problem.batch, steps)[0])
     if axes > BATCH_AXES:
         reasons.append(f"{axes} separate batch axes, tensor maps have room for {BATCH_AXES}")
+    # More axes than maps have, and another array (a mask, lse) that keeps them apart: all are copied.
+    copies = sum(extent > 1 for extent in problem.batch) > BATCH_AXES
+    if copies and (problem.head_dim % 8 or problem.head_dim_v % 8):
+        reasons.append("copies, which this many batch axes may need, would not have 16-byte rows")
     for name, operand in problem.operands:
         if name not in LOADED:
             continue

@@ -53,6 +53,33 @@ def test_rows_that_do_not_step_have_no_map() -> None:
     assert layout_of(Asked, single, "q", 64).dims[:3] == (64, 1, 2)  # type: ignore[arg-type]
 
 
+def padded(x: np.ndarray) -> np.ndarray:
+    """The same numbers in rows that begin on 16-byte boundaries."""
+    room = np.full((*x.shape[:-1], -(-x.shape[-1] // 8) * 8), np.nan, x.dtype)
+    room[..., : x.shape[-1]] = x
+    return room[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("head_dim", [36, 40])
+def test_gradients_of_arrays_that_another_one_has_copied(head_dim: int) -> None:
+    """Three batch axes that lse's odd order keeps apart: copies have dense rows, of 72 bytes in one case."""
+    batch = 2, 1, 2, 2
+    q, k, v, dout = (padded(normal(RNG, *batch, 2, n, head_dim)) for n in (20, 30, 30, 20))
+    out, lse = Numpy().attention(q, k, v, return_lse=True)
+    odd = np.empty(lse.shape[::-1], lse.dtype).transpose()
+    odd[...] = lse
+    want = Numpy().backward(dout, q, k, v, out, lse)
+    with Emulator("sm_90a") as machine:
+        got = machine.backward(dout, q, k, v, out, odd)
+        hopper = any(name.startswith("backward_sm90") for name in launched(machine))
+        assert hopper == (head_dim % 8 == 0)
+        machine.device.launches.clear()
+        machine.backward(*(x[0, 0] for x in (dout, q, k, v, out, lse)))
+        assert any(name.startswith("backward_sm90") for name in launched(machine))
+    for mine, theirs in zip(got[:3], want[:3], strict=True):
+        np.testing.assert_allclose(mine.astype("f8"), theirs.astype("f8"), rtol=4e-3, atol=4e-3)
+
+
 @pytest.mark.parametrize("sink", [np.nan, np.inf, -np.inf, 2.0])
 def test_rows_without_keys_are_zero_beside_any_sink_when_keys_are_shared_out(sink: float) -> None:
     """The part that has the sink then has its logit for lse, and NaN of that made the merged row NaN."""
