@@ -20,6 +20,9 @@ from tests.machines import Cupy, Emulator, Machine, Numpy
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="also run on the CUDA device, through CuPy")
     parser.addoption(
+        "--thorough", action="store_true", help="also more of what shorter tests cover, for minutes"
+    )
+    parser.addoption(
         "--record-goldens",
         action="store_true",
         help="with --gpu: keep what the device computes for each instruction form under tests/golden",
@@ -27,11 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--gpu"):
-        return
-    kept = [item for item in items if item.get_closest_marker("gpu") is None]
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = kept
+    if not config.getoption("--thorough"):
+        leave_out(config, items, "thorough")
+    if not config.getoption("--gpu"):
+        leave_out(config, items, "gpu")
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], marker: str) -> None:
+    """Deselect what has a marker; pytest counts it in its last line."""
+    gone = [item for item in items if item.get_closest_marker(marker) is not None]
+    config.hook.pytest_deselected(items=gone)
+    items[:] = [item for item in items if item.get_closest_marker(marker) is None]
 
 
 _CUPY = pytest.param(Cupy, id="cupy", marks=pytest.mark.gpu)

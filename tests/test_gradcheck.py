@@ -47,8 +47,15 @@ def test_other_data_and_directions(seed: int) -> None:
 # ---- float64 kernels in the emulator
 
 
+# Each option alone is in the tests of the wide kernels, by rule T.
+BRIEF = ("lse alone", "packed sequences", "everything")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in BRIEF else pytest.mark.thorough) for n in CASES],
+)
 def test_kernels(name: str) -> None:
     with Emulator("sm_80") as machine:
         errors = CASES[name].errors()
@@ -56,7 +63,7 @@ def test_kernels(name: str) -> None:
     assert max(errors.values()) < gradcheck.ALLOWED, errors
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_transformer_by_kernels() -> None:
     with Emulator("sm_80"):
         errors = gradcheck.transformer_errors(names=("x", "0.qkv", "0.slopes", "1.sinks"))

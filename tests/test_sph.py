@@ -93,7 +93,7 @@ def test_what_matrices_take() -> None:
     assert peak == pytest.approx(motion.gas.dense_bytes(), rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_kernels_with_a_mask() -> None:
     """Blocks that are absent: more than neighbours' order leaves to a few particles."""
     motion = stirred(150)
