@@ -11,7 +11,6 @@ on the same stream.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -199,7 +198,9 @@ class PreparedForward:
             (step,) = self._steps
             kernel = _launch_maps.mapped_forward(device, step.kernel, problem, self._views, spec)
             self._steps = [replace(step, kernel=kernel)]
-        self._first = functools.partial(run, self._steps)
+
+    def _walk(self, pointers: Sequence[int]) -> None:
+        run(self._steps, pointers)
 
     def __call__(
         self,
@@ -245,9 +246,9 @@ class PreparedForward:
             if self._has_options and arrays is not None:
                 pointers = (*pointers, *self._options.pointers(arrays, extra, held))
             if self._parts is None:
-                self._first(pointers)
+                run(self._steps, pointers)
             else:
-                self._parts(self._first, pointers)
+                self._parts(self._walk, pointers)
             if target is not out:
                 out[...] = target
             return out, lse

@@ -112,11 +112,12 @@ void check_initialised(Thread& t, u32 address, u32 bytes) {
 u8* shared_access(Thread& t, u32 address, u32 bytes, u32 kind) {
     u8* p = shared_at(t, address, bytes, bytes > 16 ? 16 : bytes);
     if (counting) count_shared(t, address, bytes);
+    // First the others' turn: what is read is what is there now, and so is what was released.
+    if (kind & POLL) spend_on_polling(t);
     if (request->race) race_shared(t, address, bytes, kind);
     if (!(kind & WRITE) || (kind & ATOMIC)) check_initialised(t, address, bytes);
     if (kind & WRITE) mark_initialised(t, address, bytes);
     if ((kind & WRITE) && t.block->hopper) hopper_generic_write(t, address, bytes);
-    if (kind & POLL) spend_on_polling(t);
     return p;
 }
 u8* global_at(Thread& t, u64 address, u32 bytes, u32 align, u32 kind) {
@@ -140,8 +141,8 @@ void race_global(Thread& t, u64 address, u32 bytes, u32 kind) {
 u8* global_access(Thread& t, u64 address, u32 bytes, u32 kind) {
     u8* p = global_at(t, address, bytes, bytes, kind);
     if (counting) count_global(t, address, bytes);
-    if (request->race) race_global(t, address, bytes, kind);
     if (kind & POLL) spend_on_polling(t);
+    if (request->race) race_global(t, address, bytes, kind);
     return p;
 }
 u8* local_access(Thread& t, u64 address, u32 bytes) {
