@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ def binding() -> Any:
 
 def _preload(distribution: str, library: str) -> None:
     """Load a wheel's library if that wheel is installed; otherwise CuPy finds its own."""
+    from importlib import metadata
+
     try:
         files = metadata.files(distribution) or ()
     except metadata.PackageNotFoundError:
