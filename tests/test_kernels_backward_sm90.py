@@ -76,21 +76,30 @@ def test_gradients_pass_rule_t_in_three_schedules(case: Case) -> None:
 
 
 OPTION = Case(batch=(), heads=3, heads_kv=1, len_q=70, len_k=150, head_dim=64)
+# Each option once; each with another head dim, ten seconds of compiling apiece, with --thorough.
 OPTION_CASES = [
     replace(OPTION, mask="dense", batch=(2,)),
     replace(OPTION, mask="keys", head_dim=128, causal=True),
     replace(OPTION, mask="blocks_partial", block=(32, 48), heads=1, len_q=300),
+    replace(OPTION, bias="Hqk"),
+    replace(OPTION, dropout=0.5, batch=(2,)),
+]
+MORE_OPTION_CASES = [
     replace(OPTION, mask="blocks", block=(32, 48), head_dim=128, window=(60, 20)),
     replace(OPTION, mask="tiles", head_dim=96, block=(32, 48), softcap=5.0),
-    replace(OPTION, bias="Hqk"),
     replace(OPTION, bias="1k", bias_dtype="float32", bias_inf=True, head_dim=128),
-    replace(OPTION, dropout=0.5, batch=(2,)),
     replace(OPTION, dropout=0.1, head_dim=128, causal=True),
     replace(OPTION, sinks="own", head_dim=96),
 ]
 
 
-@pytest.mark.parametrize("case", OPTION_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *[pytest.param(case, id=str(case)) for case in OPTION_CASES],
+        *[pytest.param(c, id=str(c), marks=pytest.mark.thorough) for c in MORE_OPTION_CASES],
+    ],
+)
 def test_options_pass_rule_t_in_two_schedules(case: Case) -> None:
     for seed, deterministic in ((0, True), (1, False)):
         with Emulator(ARCH, seed=seed) as machine:
