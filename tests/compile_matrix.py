@@ -36,7 +36,7 @@ TABLE = Path(__file__).parent / "data" / "registers.json"
 RECORD = "CUFLASH_RECORD_REGISTERS"
 EVERYTHING = "CUFLASH_COMPILE_EVERYTHING"
 # One in so many of the optional kernels is compiled by pytest.
-OPTION_SHARE = 24
+OPTION_SHARE = 48
 # The register file is handed out in units of 8 registers per thread; below that nothing changes.
 REGISTER_UNIT = 8
 # Up to this head dim the 16-bit kernels without options keep everything in registers, on every
