@@ -108,7 +108,7 @@ def test_show_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_config_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)  # importing it fails
-    monkeypatch.setattr(_system, "_has", lambda name: name == "numpy")
+    monkeypatch.setattr(_system, "_installed", lambda: [("numpy", np.__version__)])
     _system.cupy_or_reason.cache_clear()
     _nvrtc.binding.cache_clear()
     try:
