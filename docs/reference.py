@@ -124,11 +124,26 @@ def rendered(docstring: str) -> Iterator[str]:
         yield "\n".join(body).strip("\n")
 
 
+class _Name:
+    """Prints as what a caller would write."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def named(default: Any) -> Any:
+    """A module's repr is its path on this machine; its name is the same on all."""
+    return _Name(default.__name__) if inspect.ismodule(default) else default
+
+
 def signature(thing: Any, name: str) -> str:
     """The call, one argument per line when it is long; without annotations, which the text gives."""
     found = inspect.signature(thing)
     plain = [
-        p.replace(annotation=inspect.Parameter.empty)
+        p.replace(annotation=inspect.Parameter.empty, default=named(p.default))
         for p in found.parameters.values()
         if p.name != "self"
     ]
