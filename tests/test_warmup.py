@@ -127,3 +127,25 @@ def test_nvrtc_is_of_cupys_generation() -> None:
 
     generation = cupy.cuda.driver.get_build_version() // 1000
     assert _nvrtc.binding().getVersion()[0] == generation
+
+
+def test_nvrtc_finds_its_builtins_in_wheels_without_a_search_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The wheel 13.0.88 has none: every compilation failed with "failed to open libnvrtc-builtins.so.13.0"."""
+    names = ("libnvrtc.so.13", "libnvrtc-builtins.so.13.0", "libnvrtc-builtins.alt.so.13.0")
+
+    class File:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def locate(self) -> Path:
+            return tmp_path / self.name
+
+    for name in names:
+        (tmp_path / name).touch()
+    loaded: list[str] = []
+    monkeypatch.setattr("importlib.metadata.files", lambda _: [File(name) for name in names])
+    monkeypatch.setattr("ctypes.CDLL", lambda path: loaded.append(Path(path).name))
+    _nvrtc._preload("nvidia-cuda-nvrtc", "libnvrtc.so.13")
+    assert loaded == ["libnvrtc.so.13", "libnvrtc-builtins.so.13.0"]
