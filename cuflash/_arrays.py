@@ -126,6 +126,9 @@ def adopt(
     else:
         return objects, device_override()
     seen = Seen(dict(zip(names, objects, strict=True)), options())
+    # Before CuPy is asked for anything: it may be absent, or without a driver.
+    sides = {name: _side_of(x) for name, x in zip(names, objects, strict=True)}
+    _check_homes({name: side for name, side in sides.items() if side is not None}, seen)
     arrays = [
         None if x is None and place >= required else _adopt_one(name, x, seen)
         for place, (name, x) in enumerate(zip(names, objects, strict=True))
@@ -139,8 +142,26 @@ def adopt(
     return arrays, _cupy_device.device_of(arrays[0])
 
 
+def _side_of(x: Any) -> str | None:
+    """ "numpy", "cuda", or None for what is no array."""
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    return "cuda" if _in_cuda_memory(x) else None
+
+
+def _in_cuda_memory(x: Any) -> bool:
+    """Whether x offers CUDA memory.
+
+    DLPack is asked first: it tells the device without raising, which `__cuda_array_interface__` of
+    a PyTorch tensor with a history does not.
+    """
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        return int(x.__dlpack_device__()[0]) in _DLPACK_CUDA
+    return hasattr(x, "__cuda_array_interface__")
+
+
 def _check_homes(homes: Mapping[str, str], seen: Seen) -> None:
-    first_name, first = next(iter(homes.items()))
+    first_name, first = next(iter(homes.items()), ("", ""))
     for name, home in homes.items():
         if home == first:
             continue
