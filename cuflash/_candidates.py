@@ -131,6 +131,25 @@ def specialize(
     )
 
 
+def forward_specialization(
+    arch: str,
+    element: str,
+    dims: tuple[int, int],
+    variant: Variant,
+    tile: _tuning.Tile,
+    prefix: str = "",
+    *,
+    split: bool = False,
+) -> Specialization:
+    """A kernel of forward.cuh with a given tile."""
+    item = ITEM_BYTES[element]
+    if item == 2:
+        shared = _tuning.forward_shared_bytes(tile, *dims)
+    else:
+        shared = _tuning_wide.forward_shared_bytes(item, tile, *dims)
+    return specialize("forward", arch, element, dims, variant, tile, shared, prefix, SPLIT=split)
+
+
 def heads_per_section(problem: Problem, limits: Limits) -> int:
     """How many query heads to walk together so that their K and V stay in half of the L2 cache."""
     item = ITEM_BYTES[ELEMENTS[problem.dtype]]
@@ -216,12 +235,7 @@ class Forward:
     ) -> Specialization:
         """The kernel for one (element, dims, variant)."""
         tile = forward_tile(element, arch, dims, variant)
-        item = ITEM_BYTES[element]
-        if item == 2:
-            shared = _tuning.forward_shared_bytes(tile, *dims)
-        else:
-            shared = _tuning_wide.forward_shared_bytes(item, tile, *dims)
-        return specialize(self.name, arch, element, dims, variant, tile, shared, SPLIT=False)
+        return forward_specialization(arch, element, dims, variant, tile)
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""

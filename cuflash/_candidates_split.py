@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
-from cuflash import _candidates, _dtypes, _launch_merge, _params, _tuning
+from cuflash import _candidates, _candidates_grouped, _dtypes, _launch_merge, _params, _tuning
 from cuflash._compile import Specialization
 from cuflash._device import Limits
 from cuflash._plan_values import Launch, Plan, Schedule, Scratch
@@ -26,6 +25,8 @@ MIN_KEYS = 512
 FEW_ROWS = 16
 # With more rows, at most so many blocks without splitting: about half of a large GPU.
 FEW_BLOCKS = 64
+# Of tiles with the rows of a group, which are small: two for each multiprocessor of a large GPU.
+FEW_GROUPS = 256
 # Blocks per multiprocessor that keep copies of keys under way.
 RESIDENT = 4
 
@@ -45,7 +46,15 @@ class SplitForward:
             reasons.append("packed sequences are balanced by their work tables")
         if problem.len_k < 2 * MIN_KEYS:
             reasons.append(f"{problem.len_k} keys are too few to share out ({2 * MIN_KEYS})")
-        if not reasons and problem.len_q > FEW_ROWS:
+        if reasons:
+            return reasons
+        if self._is_grouped(problem, arch):
+            tile = _candidates_grouped.tile_of(problem, arch)
+            blocks = _candidates.total_heads(problem, problem.heads_kv)
+            blocks *= _candidates_grouped.tiles_of(problem, tile)
+            if blocks > FEW_GROUPS:
+                reasons.append(f"{blocks} blocks of rows of groups fill the GPU ({FEW_GROUPS})")
+        elif problem.len_q > FEW_ROWS:
             spec = self._specialization_of(problem, arch)
             blocks = _candidates.total_heads(problem, problem.heads)
             blocks *= _candidates.tiles_of(problem, spec.constant("BLOCK_Q"))
@@ -53,9 +62,17 @@ class SplitForward:
                 reasons.append(f"{blocks} blocks of rows fill the GPU ({FEW_BLOCKS})")
         return reasons
 
+    def _is_grouped(self, problem: Problem, arch: str) -> bool:
+        return not _candidates_grouped.refusals(problem, arch)
+
     def _specialization_of(self, problem: Problem, arch: str) -> Specialization:
         element = _candidates.element_of(problem, arch)
         dims = _candidates.dim_pair(problem.head_dim, problem.head_dim_v)
+        if self._is_grouped(problem, arch):
+            rows = problem.len_q * _candidates_grouped.group_of(problem)
+            return _candidates_grouped.specialization(
+                arch, element, dims, variant_of(problem), rows, split=True
+            )
         return self.specialization(
             arch, element, dims, variant_of(problem), few=problem.len_q <= FEW_ROWS
         )
@@ -67,21 +84,12 @@ class SplitForward:
         narrow = _candidates.ITEM_BYTES[element] == 2
         if few and narrow:
             tile = _tuning.forward_few_rows_tile(arch, *dims)
-            return _candidates.specialize(
-                "forward",
-                arch,
-                element,
-                dims,
-                variant,
-                tile,
-                _tuning.forward_shared_bytes(tile, *dims),
-                prefix=f"split{tile.block_q}",
-                SPLIT=True,
-            )
-        whole = _candidates.Forward().specialization(arch, element, dims, variant)
-        constants = dict(whole.constants) | {"SPLIT": True}
-        name = f"split{whole.constant('BLOCK_Q')}_{whole.variant}"
-        return replace(whole, variant=name, constants=tuple(constants.items()))
+        else:
+            tile = _candidates.forward_tile(element, arch, dims, variant)
+        prefix = f"split{tile.block_q}"
+        return _candidates.forward_specialization(
+            arch, element, dims, variant, tile, prefix, split=True
+        )
 
     def specializations(self, arch: str) -> Iterator[Specialization]:
         """See Candidate."""
@@ -97,19 +105,21 @@ class SplitForward:
                     for few in (True, False)
                     for variant in chosen
                 )
+        yield from _candidates_grouped.listed(arch, split=True)
 
     def plan(self, problem: Problem, arch: str, limits: Limits) -> Plan:
         """See Candidate."""
         spec = self._specialization_of(problem, arch)
-        tiles = _candidates.tiles_of(problem, spec.constant("BLOCK_Q"))
-        heads = _candidates.total_heads(problem, problem.heads)
+        group = _candidates_grouped.group_of(problem) if _candidates_grouped.is_grouped(spec) else 1
+        tiles = -(-problem.len_q * group // spec.constant("BLOCK_Q"))
+        heads = _candidates.total_heads(problem, problem.heads) // group
         resident = limits.shared_memory // max(1, spec.constant("SHARED_BYTES"))
         wanted = limits.sm_count * max(1, min(resident, RESIDENT))
         most = min(_params.MERGE_MAX_PARTS, problem.len_k // MIN_KEYS)
         splits = max(2, min(-(-wanted // (tiles * heads)), most))
         schedule = Schedule(
             tiles=tiles * splits,
-            heads_per_section=_candidates.heads_per_section(problem, limits),
+            heads_per_section=max(1, _candidates.heads_per_section(problem, limits) // group),
             longest_last=problem.right is not None and problem.left is None,
             splits=splits,
         )

@@ -199,14 +199,9 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         lines += ["CPU backend (NumPy)", *_cpu(problem)]
         return Explanation(problem, "CPU backend (NumPy)", {}, None, "\n".join(lines))
     from cuflash import _plan
-    from cuflash._fold import folded
+    from cuflash._candidates_grouped import group_of, is_grouped
     from cuflash._side_kernels import side_kernels
 
-    asked, problem = problem, folded(problem)
-    if problem is not asked:
-        lines.append(
-            f"  the {problem.len_q} query heads of a head of k and v are taken for its rows"
-        )
     name = f"{device.name} ({device.arch})"
     reasons = _plan.refusals(problem, device.arch)
     lines.append(name)
@@ -219,12 +214,14 @@ def account(problem: Problem, device: Device | None) -> Explanation:
         lines.append("  nothing to launch: an extent is 0")
     elif chosen is not None:
         plan = _plan.plan(problem, device)
+        if is_grouped(plan.launches[0].spec):
+            lines.append(f"  rows of a tile: those of the {group_of(problem)} heads of a group")
         lines += [f"  first {spec.name}" for spec in side_kernels(problem, device.arch)]
         lines += _launches(plan)
         lines += _arithmetic(problem, device.arch)
     else:
         lines += _plan.describe_refusals(problem, device.arch).splitlines()[-1:]
-    return Explanation(asked, name, reasons, plan, "\n".join(lines))
+    return Explanation(problem, name, reasons, plan, "\n".join(lines))
 
 
 def _is_empty(problem: Problem) -> bool:

@@ -21,7 +21,6 @@ import numpy as np
 from cuflash import _dtypes, _launch_maps, _params, _plan
 from cuflash._device import Device, Kernel
 from cuflash._extras import Extra
-from cuflash._fold import folded, folded_views
 from cuflash._launch_options import FAR, OptionInputs
 from cuflash._launch_parts import PartsMerge
 from cuflash._problem import Problem
@@ -174,8 +173,6 @@ class PreparedForward:
         self._options = OptionInputs(device, problem, arrays, extra)
         max_axes = _launch_maps.most_batch_axes(_plan.plan(problem, device))
         self._views = Views(problem, found | self._options.found, max_axes)
-        if not self._views.copies and (rows := folded(problem)) is not problem:
-            problem, self._views = rows, Views(rows, folded_views(found, rows.len_q), max_axes)
         plan = _plan.plan(problem, device)
         addresses = {name: device.pointer(array) for name, array in given.items()}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from cuflash import _candidates, _dtypes, _mask_mirror, _params, _side_kernels
+from cuflash._candidates_grouped import group_of, is_grouped
 from cuflash._device import Device
 from cuflash._dropout import Dropout
 from cuflash._extras import Extra
@@ -34,6 +35,7 @@ class TileMap:
     words: int
     offset: int
     plane: int  # words of one plane
+    group: int = 1  # heads whose rows a tile has
 
     def fill(self, values: np.ndarray, extents: Sequence[int], heads: int) -> None:
         """Write the map's part of MaskParams; `extents` of the mask's merged batch axes."""
@@ -129,18 +131,22 @@ class OptionInputs:
                 values["strides"]["batch"], self._views.batch_extent, strict=True
             )
         ]
+        group = 1
+        if is_grouped(plan.launches[0].spec):
+            group = group_of(problem)
+            self._heads = max(1, self._heads // group)  # of the maps: groups, or all heads
         lead = math.prod(self._extents) * self._heads
         for launch in plan.launches:
             if launch.walk not in ("queries", "keys"):
                 continue
             by_keys = launch.walk == "keys"
             tile_q, tile_k = (launch.spec.constant(n) for n in ("BLOCK_Q", "BLOCK_K"))
-            rows, columns = -(-self._longest[0] // tile_q), -(-self._longest[1] // tile_k)
+            rows, columns = -(-self._longest[0] * group // tile_q), -(-self._longest[1] // tile_k)
             rows, columns = (columns, rows) if by_keys else (rows, columns)
             words = -(-columns // WORD)
             plane = lead * rows * words
             self._maps[launch] = TileMap(
-                tile_q, tile_k, by_keys, rows, words, self._map_words, plane
+                tile_q, tile_k, by_keys, rows, words, self._map_words, plane, group
             )
             self._map_words += 2 * plane
         self._mask_values = values.copy()
@@ -163,6 +169,7 @@ class OptionInputs:
             struct["len_q"], struct["len_k"] = self._longest
             struct["tile_q"], struct["tile_k"] = tiles.tile_q, tiles.tile_k
             struct["by_keys"], struct["tile_rows"] = tiles.by_keys, tiles.rows
+            struct["group"] = tiles.group
             self._map_kernel(tiles.plane, _side_kernels.MAP_WARPS * 32, 0, struct.tobytes())
         return map_
 

@@ -179,7 +179,8 @@ MASK_TILES_POINTERS = ("mask", "mask_bits", "map")
 MASK_TILES = np.dtype(
     _pointer_fields(MASK_TILES_POINTERS)
     + [("values", MASK), ("batch_extent", "i4", (MAX_BATCH_AXES,))]
-    + [(n, "i4") for n in ("heads", "len_q", "len_k", "tile_q", "tile_k", "by_keys", "tile_rows")],
+    + [(n, "i4") for n in ("heads", "len_q", "len_k", "tile_q", "tile_k", "by_keys", "tile_rows")]
+    + [("group", "i4")],
     align=True,
 )
 

@@ -10,6 +10,7 @@ from cuflash import (
     _candidates,
     _candidates_backward,
     _candidates_backward_sm90,
+    _candidates_grouped,
     _candidates_sm90,
     _candidates_split,
 )
@@ -48,6 +49,7 @@ class Candidate(Protocol):
 
 CANDIDATES: tuple[Candidate, ...] = (
     _candidates_split.SplitForward(),
+    _candidates_grouped.GroupedForward(),
     _candidates_sm90.ForwardSm90(),
     _candidates.Forward(),
     _candidates_backward_sm90.BackwardSm90(),

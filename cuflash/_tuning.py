@@ -16,7 +16,7 @@ names the GPU.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +147,18 @@ FORWARD_FEW_ROWS: dict[tuple[str, tuple[int, int]], Tile] = {
 }
 
 
-def forward_few_rows_tile(arch: str, head_dim: int, head_dim_v: int) -> Tile:
-    """The forward tile for up to 16 rows of compiled head dims on an architecture."""
-    return FORWARD_FEW_ROWS[family(arch), (head_dim, head_dim_v)]
+# Warps of such tiles, of 16 rows each. Rows beyond the largest begin another tile: a warp with 32 of them, as in the
+# tiles of many queries, would have too few registers to find out what each of its rows is.
+ROW_WARPS = (1, 2, 4)
+
+
+def forward_few_rows_tile(arch: str, head_dim: int, head_dim_v: int, rows: int = 16) -> Tile:
+    """The forward tile for so few rows of compiled head dims on an architecture."""
+    tile = FORWARD_FEW_ROWS[family(arch), (head_dim, head_dim_v)]
+    if rows <= tile.block_q or tile.warps > 1:
+        return tile
+    warps = next((n for n in ROW_WARPS if rows <= 16 * n), ROW_WARPS[-1])
+    return replace(tile, block_q=16 * warps, warps=warps)
 
 
 def forward_shared_bytes(tile: Tile, head_dim: int, head_dim_v: int) -> int:

@@ -21,6 +21,12 @@ MASKS = {
     "dense": "mask::Mapped<mask::Dense>",
     "blocks": "mask::Mapped<mask::Blocks>",
 }
+# Of the rows of a group of heads.
+GROUP_MASKS = {
+    "": "mask::GroupBand",
+    "dense": "mask::Mapped<mask::OfGroup<mask::Dense>, mask::GroupBand>",
+    "blocks": "mask::Mapped<mask::OfGroup<mask::Blocks>, mask::GroupBand>",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,8 @@ class Variant:
     bias, sinks, dropout, packed : bool
     expression : str
         Generated source of the score expression; "" for none.
+    grouped : bool
+        Rows of a tile are those of all query heads that share k and v.
     """
 
     score: str = "linear"
@@ -45,6 +53,7 @@ class Variant:
     dropout: bool = False
     packed: bool = False
     expression: str = ""
+    grouped: bool = False
 
     @property
     def name(self) -> str:
@@ -58,6 +67,7 @@ class Variant:
             "sinks" if self.sinks else "",
             "dropout" if self.dropout else "",
             "packed" if self.packed else "",
+            "grouped" if self.grouped else "",
         ]
         return "_".join(word for word in words if word)
 
@@ -69,13 +79,15 @@ class Variant:
     @property
     def types(self) -> tuple[tuple[str, str], ...]:
         """Members of Config that are types."""
-        score = f"score::{self.score.capitalize()}"
-        if self.score == "general":
-            modifier = "ScoreExpression<Element>" if self.expression else "score::Unmodified"
-            score += f"<Element, {str(self.bias).lower()}, {modifier}>"
-        else:
-            score += "<Element::Real>"
-        return ("Mask", MASKS[self.mask]), ("Score", score)
+        modifier = "ScoreExpression<Element>" if self.expression else "score::Unmodified"
+        rows = ", score::SlopedRows<Element>" if self.grouped else ""
+        score = {
+            "linear": "<Element::Real>",
+            "shaped": f"<Element::Real{rows}>",
+            "general": f"<Element, {str(self.bias).lower()}, {modifier}{rows}>",
+        }[self.score]
+        masks = GROUP_MASKS if self.grouped else MASKS
+        return ("Mask", masks[self.mask]), ("Score", f"score::{self.score.capitalize()}{score}")
 
     @property
     def constants(self) -> tuple[tuple[str, bool], ...]:
@@ -85,6 +97,7 @@ class Variant:
             ("SINKS", self.sinks),
             ("DROPOUT", self.dropout),
             ("PACKED", self.packed),
+            *(("GROUPED", True),) * self.grouped,
         )
 
     def without_sinks(self) -> Variant:

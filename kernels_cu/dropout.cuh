@@ -4,6 +4,7 @@
 #pragma once
 
 #include "packed.cuh"
+#include "rows.cuh"
 
 namespace dropout {
 
@@ -48,6 +49,21 @@ struct Keep {
     }
 };
 
+// The same of the rows of a group of heads.
+struct GroupKeep {
+    Keep first;
+    GroupRows group;
+
+    template <class Params> DEV_METHOD GroupKeep(const Params& p, const Work& work, int head)
+        : first(p, work, head), group(p.shape) {}
+
+    DEV_METHOD u32 quad(int row, int quad) const {
+        Keep own = first;
+        own.head += group.member(row);
+        return own.quad(group.query(row), quad);
+    }
+};
+
 }  // namespace dropout
 
 // Sets dropped weights of a warp's accumulator to 0: queries along its rows, keys along its columns
@@ -56,9 +72,9 @@ struct Keep {
 // Columns 2 * (lane % 4) and the next of a lane and those of its neighbour make one quad of keys:
 // one block of random numbers. Of two neighbouring quads the even lane draws the left one and the
 // odd lane the right one, and they exchange the halves.
-template <int M16, int N8, class Real> DEV void drop_weights(const dropout::Keep& keep,
-                                                             Accumulator<M16, N8, Real>& p,
-                                                             int first_row, int first_key) {
+template <class Keep, int M16, int N8, class Real>
+DEV void drop_weights(const Keep& keep, Accumulator<M16, N8, Real>& p, int first_row,
+                      int first_key) {
     const unsigned lane = fresh_thread_id() % 32, odd = lane & 1;
     // Of 16 keys the lane draws quad 0 or 1 of n even, and 2 or 3 of n odd.
     const int quad = first_key / 4 + (lane >> 1 & 1) + odd * 2;

@@ -14,7 +14,6 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
     const u32 smem = shared_address(shared_memory);
 
     // Which rows, which keys
-    const Shape& shape = p.shape;
     const ForwardWork work = forward_work<C>(p);
     const int first_row = work.tile * C::BLOCK_Q;
     const auto rows = [&] {
@@ -26,9 +25,7 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
     const Range tiles = own_key_tiles<C>(p, work, mask, rows());
 
     // Start the copies, prepare Q
-    TileLoader<typename L::QTile, L::THREADS, C::VECTOR_ONLY> q_loader(
-        head_rows<typename L::Storage>(p.q, p.q_strides, work, work.head, shape.len_q,
-                                       shape.head_dim, shape.flags & FLAG_Q_VECTOR));
+    QueryLoader<C> q_loader(query_rows<C>(p, work));
     KeyValuePipeline<C> pipeline(p, work, first_column, smem, tiles.end);
     q_loader.fetch(smem + L::Q, first_row);
     cp_async_commit();
@@ -59,7 +56,7 @@ template <class C> DEV void forward_tile(const ForwardParams& p, int first_colum
         softmax.update(s, o);  // s becomes P
         if constexpr (C::DROPOUT) {
             const ForwardWork here = forward_work<C>(p);  // anew, as always
-            drop_weights(dropout::Keep(p, here, here.head), s,
+            drop_weights(Keep<C>(p, here, here.head), s,
                          here.tile * C::BLOCK_Q + warp_id() * L::WARP_Q, tile_keys.begin);
         }
         const RoundedOperand<typename C::Element, L::M16, C::BLOCK_K / 8> probabilities(s);
@@ -81,6 +78,7 @@ template <class C> DEV void forward_tile_by_slices(const ForwardParams& p, int f
     static_assert(C::SHARED_BYTES == larger_of(Operands::BYTES, L::OutTile::BYTES) &&
                       L::VTile::BYTES <= C::SHARED_BYTES,
                   "forward_shared_bytes in _tuning_wide.py computes the same");
+    static_assert(!GROUPED<C>, "a tile of slices has the rows of one head");
     extern __shared__ __align__(128) u8 shared_memory[];
     const u32 smem = shared_address(shared_memory);
     const Shape& shape = p.shape;
@@ -89,9 +87,7 @@ template <class C> DEV void forward_tile_by_slices(const ForwardParams& p, int f
     const Range rows{first_row, first_row + C::BLOCK_Q};
     const typename C::Mask mask(p, work, work.head);
     const typename C::Score score = make_score<C>(p, work, work.head);
-    const auto q_gmem =
-        head_rows<typename L::Storage>(p.q, p.q_strides, work, work.head, shape.len_q,
-                                       shape.head_dim, shape.flags & FLAG_Q_VECTOR);
+    const auto q_gmem = query_rows<C>(p, work);
     const auto k_gmem =
         head_rows<typename L::Storage>(p.k, p.k_strides, work, work.head / shape.group, shape.len_k,
                                        shape.head_dim, shape.flags & FLAG_K_VECTOR);

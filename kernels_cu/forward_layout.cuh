@@ -1,6 +1,8 @@
 // What a block of forward works on: its shared memory, its rows of arrays, its tiles of keys.
 #pragma once
 
+#include "dropout.cuh"
+#include "group_rows.cuh"
 #include "masks.cuh"
 #include "packed.cuh"
 #include "wide_slices.cuh"
@@ -27,7 +29,27 @@ template <class C> struct ForwardLayout {
                   "a warp stages its output over its own rows of Q, which nobody else reads");
 };
 
-// V of a query head and its output, from a column on.
+// What the rows of a tile are, how they come in, and what is kept of their weights.
+template <class C> using TileRows = Chosen<GROUPED<C>, GroupRows, HeadRows>;
+template <class C> using QueryLoader =
+    Chosen<GROUPED<C>, GroupLoader<typename ForwardLayout<C>::QTile, C::WARPS * 32, C::VECTOR_ONLY>,
+           TileLoader<typename ForwardLayout<C>::QTile, C::WARPS * 32, C::VECTOR_ONLY>>;
+template <class C> using Keep = Chosen<GROUPED<C>, dropout::GroupKeep, dropout::Keep>;
+
+// Queries of a tile's rows, V of their head of k and v, and their output from a column on.
+template <class C, class Storage> DEV auto tile_rows(const ForwardParams& p, const Strides& strides,
+                                                     const GlobalRows<Storage>& first) {
+    if constexpr (GROUPED<C>)
+        return GroupedRows<Storage>{first, strides.head, GroupRows(p.shape)};
+    else
+        return first;
+}
+template <class C> DEV auto query_rows(const ForwardParams& p, const Work& work) {
+    return tile_rows<C>(
+        p, p.q_strides,
+        head_rows<typename C::Element::Storage>(p.q, p.q_strides, work, work.head, p.shape.len_q,
+                                                p.shape.head_dim, p.shape.flags & FLAG_Q_VECTOR));
+}
 template <class C> DEV GlobalRows<typename C::Element::Storage> value_rows(const ForwardParams& p,
                                                                            const Work& work,
                                                                            int first_column) {
@@ -36,13 +58,12 @@ template <class C> DEV GlobalRows<typename C::Element::Storage> value_rows(const
                            p.shape.head_dim_v, p.shape.flags & FLAG_V_VECTOR),
                        first_column);
 }
-template <class C> DEV GlobalRows<typename C::Element::Storage> output_rows(const ForwardParams& p,
-                                                                            const Work& work,
-                                                                            int first_column) {
-    return from_column(head_rows<typename C::Element::Storage>(
-                           p.out, p.out_strides, work, work.head, p.shape.len_q, p.shape.head_dim_v,
-                           p.shape.flags & FLAG_OUT_VECTOR),
-                       first_column);
+template <class C>
+DEV auto output_rows(const ForwardParams& p, const Work& work, int first_column) {
+    const auto first = head_rows<typename C::Element::Storage>(
+        p.out, p.out_strides, work, work.head, p.shape.len_q, p.shape.head_dim_v,
+        p.shape.flags & FLAG_OUT_VECTOR);
+    return tile_rows<C>(p, p.out_strides, from_column(first, first_column));
 }
 
 // The key tiles that some of these rows see: from the first of them on, those that next_tile names.
@@ -54,12 +75,14 @@ template <class C> DEV Range key_tiles(const typename C::Mask& mask, Range rows)
 }
 
 // What a block works on. With C::SPLIT the tiles of rows are counted `splits` times: neighbours in
-// the order of blocks walk parts of the same keys, and `split` says which.
+// the order of blocks walk parts of the same keys, and `split` says which. With C::GROUPED the heads
+// counted are those of k and v, and `head` is the first query head of one.
 struct ForwardWork : Work {
     int split;
 };
 template <class C> DEV ForwardWork forward_work(const ForwardParams& p) {
-    ForwardWork work{decode<C>(p, p.shape.heads), 0};
+    ForwardWork work{decode<C>(p, GROUPED<C> ? p.shape.heads_kv : p.shape.heads), 0};
+    if constexpr (GROUPED<C>) work.head *= p.shape.group;
     if constexpr (C::SPLIT) {
         work.split = work.tile % p.schedule.splits;
         work.tile /= p.schedule.splits;

@@ -14,13 +14,14 @@ DEV void write_part(const ForwardParams& p, const ForwardWork& work, i64 first, 
                     const Accumulator<M16, O8, Real>& o, const Real (&inverse)[M16][2]) {
     const int lane = lane_id(), columns = p.shape.head_dim_v;
     const int row = work.tile * C::BLOCK_Q + warp_id() * (16 * M16) + lane / 4;
+    const TileRows<C> rows(p.shape);
 #pragma unroll
     for (int m = 0; m < M16; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = row + 16 * m + 8 * half;
-            if (i >= p.shape.len_q) continue;
-            Real* to = (Real*)p.out + (first + i) * columns;
+            if (rows.query(i) >= p.shape.len_q) continue;
+            Real* to = (Real*)p.out + (first + rows.place(i, p.shape.len_q)) * columns;
 #pragma unroll
             for (int n = 0; n < O8; ++n)
 #pragma unroll
@@ -41,12 +42,15 @@ template <class C> DEV void repair_part(const ForwardParams& p, const ForwardWor
     using Real = typename C::Element::Real;
     constexpr int WARP_Q = ForwardLayout<C>::WARP_Q;
     const int first_row = work.tile * C::BLOCK_Q + warp_id() * WARP_Q;
+    const TileRows<C> rows(p.shape);
     each_non_finite<typename C::Element>(
         v_gmem, keys, ForwardLayout<C>::PART, [&](int key, int column, Real x) {
 #pragma unroll 1
-            for (int i = first_row; i < min(first_row + WARP_Q, p.shape.len_q); ++i)
-                if (mask.keep(i, key))
-                    ((Real*)p.out)[(first + i) * p.shape.head_dim_v + first_column + column] += x;
+            for (int i = first_row; i < first_row + WARP_Q; ++i) {
+                if (rows.query(i) >= p.shape.len_q || !mask.keep(i, key)) continue;
+                const i64 at = first + rows.place(i, p.shape.len_q);
+                ((Real*)p.out)[at * p.shape.head_dim_v + first_column + column] += x;
+            }
         });
 }
 
@@ -63,9 +67,17 @@ DEV void write_output(const ForwardParams& p, int first_column, u32 out_smem,
     const int first_row = work.tile * C::BLOCK_Q, row = warp_id() * L::WARP_Q;
 
     Real inverse[M16][2], lse[M16][2];
-    // One of the parts has the sink.
-    const Real sink = work.split == 0 ? sink_log2<C>(p, work.head) : Real(neg_infinity());
-    softmax.template finish<C::SINKS>(inverse, lse, sink);
+    const TileRows<C> rows(p.shape);
+    const auto sink_of_head = [&](int head) {  // one of the parts has the sink
+        return work.split == 0 ? sink_log2<C>(p, head) : Real(neg_infinity());
+    };
+    if constexpr (GROUPED<C> && C::SINKS)
+        softmax.template finish<true>(inverse, lse, [&](int m, int half) {
+            const int own = first_row + row + m * 16 + half * 8 + lane_id() / 4;
+            return sink_of_head(work.head + rows.member(own));
+        });
+    else
+        softmax.template finish<C::SINKS>(inverse, lse, sink_of_head(work.head));
     i64 first = statistics_row<C>(p, work, work.head);  // of the head, in lse
     if constexpr (C::SPLIT) first += (i64)work.split * shape.batch * shape.heads * shape.len_q;
     Real* lse_gmem = (Real*)p.lse + first;
@@ -74,7 +86,8 @@ DEV void write_output(const ForwardParams& p, int first_column, u32 out_smem,
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int i = first_row + row + m * 16 + half * 8 + lane_id() / 4;
-            if (lane_id() % 4 == 0 && i < shape.len_q) lse_gmem[i] = lse[m][half];
+            if (lane_id() % 4 == 0 && rows.query(i) < shape.len_q)
+                lse_gmem[rows.place(i, shape.len_q)] = lse[m][half];
             if constexpr (C::DROPOUT) inverse[m][half] *= dropout::factor_of<Real>(p);
         }
 

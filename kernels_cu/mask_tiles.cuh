@@ -1,5 +1,6 @@
 // Tile maps of a boolean array or a block mask, for the tiles of one kernel: which tiles have a
-// visible pair, and which have no hidden one. Both answers are exact, band aside.
+// visible pair, and which have no hidden one. Both answers are exact, band aside, for tiles of one
+// head; a tile with rows of a group of heads is taken for all rows of its queries.
 //
 // Grid: batch extents * heads * tile_rows * map_words of the mask, a word of 32 tiles per block.
 #pragma once
@@ -29,7 +30,7 @@ struct TileWord {
         rest /= p.values.map_words;
         tile_row = rest % p.tile_rows;
         rest /= p.tile_rows;
-        head_offset = (i64)(rest % p.heads) * p.values.strides.head;
+        head_offset = (i64)(rest % p.heads * p.group) * p.values.strides.head;
         rest /= p.heads;
 #pragma unroll
         for (int axis = MAX_BATCH_AXES - 1; axis >= 0; --axis) {
@@ -135,6 +136,13 @@ DEV Range tile_range(int tile, int size, int length) {
             (int)(begin + size < length ? begin + size : length)};
 }
 
+// The queries of a tile.
+DEV Range query_range(int tile, const MaskTilesParams& p) {
+    const i64 begin = (i64)tile * p.tile_q, end = begin + p.tile_q;
+    const i64 first = begin / p.group, last = (end + p.group - 1) / p.group;
+    return {(int)(first < p.len_q ? first : p.len_q), (int)(last < p.len_q ? last : p.len_q)};
+}
+
 }  // namespace mask
 
 template <class C> DEV void mask_tiles(const MaskTilesParams& p) {
@@ -145,11 +153,18 @@ template <class C> DEV void mask_tiles(const MaskTilesParams& p) {
         const int tile = place.word * 32 + bit;
         const int tile_q = p.by_keys ? tile : place.tile_row;
         const int tile_k = p.by_keys ? place.tile_row : tile;
-        const Range rows = mask::tile_range(tile_q, p.tile_q, p.len_q);
+        const Range rows = mask::query_range(tile_q, p);
         const Range keys = mask::tile_range(tile_k, p.tile_k, p.len_k);
         if (rows.empty() || keys.empty()) continue;  // there is no such tile
-        const mask::TileFacts facts =
-            mask::scan((const typename C::Source*)nullptr, p, place.head_offset, rows, keys);
+        mask::TileFacts facts;
+        const int heads = p.values.strides.head != 0 ? p.group : 1;
+        for (int head = 0; head < heads && !facts.decided(); ++head) {
+            const i64 offset = place.head_offset + head * p.values.strides.head;
+            const mask::TileFacts own =
+                mask::scan((const typename C::Source*)nullptr, p, offset, rows, keys);
+            facts.visible |= own.visible;
+            facts.hidden |= own.hidden;
+        }
         if (facts.visible) my_visible |= 1u << bit;
         if (!facts.hidden) my_full |= 1u << bit;
     }

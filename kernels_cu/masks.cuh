@@ -2,13 +2,7 @@
 // values, so no length, window or pattern ever causes a compilation.
 #pragma once
 
-#include "schedule.cuh"
-
-// Half-open range of rows or keys; empty when end <= begin.
-struct Range {
-    int begin, end;
-    DEV_METHOD bool empty() const { return end <= begin; }
-};
+#include "rows.cuh"
 
 namespace mask {
 
@@ -67,6 +61,34 @@ struct Band {
         using Real = typename Map::Score;
         map([&](Real s, int row, int key) { return keep(row, key) ? s : Real(neg_infinity()); });
     }
+
+    DEV_METHOD int map_head(int head) const { return head; }
+};
+
+// The same for the rows of a group of heads.
+struct GroupBand {
+    static constexpr bool CONTIGUOUS = true;
+    Band band;
+    GroupRows group;
+
+    template <class Params> DEV_METHOD GroupBand(const Params& p, const Work&, int)
+        : band(p.shape), group(p.shape) {}
+
+    DEV_METHOD Range keys(Range rows) const { return band.keys(group.queries(rows)); }
+    DEV_METHOD int next_tile(int tile, int) const { return tile; }
+    DEV_METHOD bool isolates(Range rows, Range keys, int = 0) const {
+        return band.isolates(group.queries(rows), keys);
+    }
+    DEV_METHOD bool cuts(Range rows, Range keys, int = 0) const {
+        return band.cuts(group.queries(rows), keys);
+    }
+    DEV_METHOD bool keep(int row, int key) const { return band.keep(group.query(row), key); }
+    template <class Map> DEV_METHOD void hide(Map map, Range, Range) const {
+        using Real = typename Map::Score;
+        map([&](Real s, int row, int key) { return keep(row, key) ? s : Real(neg_infinity()); });
+    }
+
+    DEV_METHOD int map_head(int head) const { return group.map_head(head); }
 };
 
 // Source concept: the pairs that an array hides, of one query head. Nothing outside the array is
@@ -74,6 +96,7 @@ struct Band {
 //   Source(p, work, head)
 //   bits<COUNT>(row, key)  bit n: may the row see key + n? Bits at COUNT and above are 0, those past
 //                          the array's ends anything. COUNT is 4, 8 or 16, key a multiple of it
+//   advance(elements)      on to another head
 template <class Source> DEV bool keeps(const Source& source, int row, int key) {
     return source.template bits<16>(row, key & ~15) >> (key & 15) & 1u;
 }
@@ -89,6 +112,8 @@ struct Dense {
         : base((const u8*)p.options.mask + head_offset(work, p.values.mask.strides, head)),
           steps(&p.values.mask.strides),
           shape(&p.shape) {}
+
+    DEV_METHOD void advance(i64 elements) { base += elements; }
 
     template <int COUNT> DEV_METHOD u32 bits(int row, int key) const {
         const u8* from = base + min(row, shape->len_q - 1) * steps->row;
@@ -135,6 +160,8 @@ struct Blocks {
           last_row(p.shape.len_q - 1),
           last_key(p.shape.len_k - 1) {}
 
+    DEV_METHOD void advance(i64 elements) { slots += elements; }
+
     // 16 keys that begin at a multiple of 16 lie in one block and in one word of its bits.
     template <int COUNT> DEV_METHOD u32 bits(int row, int key) const {
         constexpr u32 ALL = (1u << COUNT) - 1u;
@@ -149,19 +176,36 @@ struct Blocks {
     }
 };
 
+// The pairs that an array hides from the rows of a group of heads.
+template <class Source> struct OfGroup {
+    Source first;  // of the first head
+    GroupRows group;
+    const i64* head_step;
+
+    template <class Params> DEV_METHOD OfGroup(const Params& p, const Work& work, int head)
+        : first(p, work, head), group(p.shape), head_step(&p.values.mask.strides.head) {}
+
+    template <int COUNT> DEV_METHOD u32 bits(int row, int key) const {
+        Source own = first;
+        own.advance(group.member(row) * *head_step);
+        return own.template bits<COUNT>(group.query(row), key);
+    }
+};
+
 // The band and what a boolean array or a block mask says. Tiles come from a map made beforehand
 // (mask_tiles.cuh): one bit per tile in two planes, "has a visible pair" and "has no hidden pair".
-template <class Source> struct Mapped {
+template <class Source, class Bounds = Band> struct Mapped {
     static constexpr bool CONTIGUOUS = false;
-    Band band;
+    Bounds band;
     Source source;
     const u32* visible;  // of the tiles in this block's row of the map
     const i64* plane;    // words from there to the plane of full tiles
 
     template <class Params> DEV_METHOD Mapped(const Params& p, const Work& work, int head)
-        : band(p.shape), source(p, work, head), plane(&p.values.mask.map_plane) {
+        : band(p, work, head), source(p, work, head), plane(&p.values.mask.map_plane) {
         const MaskParams& values = p.values.mask;
-        i64 at = values.map_offset + head * values.map_head + (i64)work.tile * values.map_words;
+        i64 at = values.map_offset + band.map_head(head) * values.map_head +
+                 (i64)work.tile * values.map_words;
 #pragma unroll
         for (int axis = 0; axis < MAX_BATCH_AXES; ++axis)
             at += work.batch_index[axis] * values.map_batch[axis];

@@ -208,6 +208,9 @@ struct MaskTilesParams {
     int tile_q, tile_k;
     int by_keys;  // tile rows are tiles of keys
     int tile_rows;
+    // Rows of a tile of queries are those of so many heads, query after query; then `heads` counts
+    // groups. 1 for tiles of one head.
+    int group;
 };
 
 constexpr int MAX_WORK_TABLES = 5;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "packed.cuh"
+#include "rows.cuh"
 
 // Scale and soft cap in the type that scores are kept in.
 template <class Real> DEV Real scale_of(const Shape& shape) {
@@ -16,6 +17,13 @@ template <class Real> DEV Real softcap_of(const Shape& shape) {
         return shape.softcap_f64;
     else
         return shape.softcap;
+}
+
+// One element of an array of floats, or of elements where `element`.
+template <class Element>
+DEV typename Element::Real side_value(const void* array, i64 at, bool element) {
+    return element ? Element::to_real(ld_global((const typename Element::Storage*)array + at))
+                   : ((const float*)array)[at];
 }
 
 // What one raw product q.k turns into.
@@ -56,19 +64,46 @@ template <class Real> struct Linear {
     }
 };
 
+// Rows of one head, whose slope a score carries.
+struct OwnRows : HeadRows {
+    template <class Params> DEV_METHOD OwnRows(const Params& p, const Work&, int)
+        : HeadRows(p.shape) {}
+    template <class Real> DEV_METHOD Real slope_log2(Real own, int) const { return own; }
+};
+
+// Rows of a group of heads, whose slopes are read where they are used: a few of the first-level
+// cache per tile, instead of registers throughout.
+template <class Element> struct SlopedRows : GroupRows {
+    using Real = typename Element::Real;
+    const ForwardParams* params;
+    i64 first;  // slope of the first head
+
+    DEV_METHOD SlopedRows(const ForwardParams& p, const Work& work, int head)
+        : GroupRows(p.shape), params(&p), first(head_offset(work, p.slope_strides, head)) {}
+    DEV_METHOD Real slope_log2(Real, int row) const {
+        return LOG2_E_OF<Real> *
+               side_value<Element>(params->alibi_slopes,
+                                   first + member(row) * params->slope_strides.head,
+                                   shape->flags & FLAG_SLOPES_ELEMENT);
+    }
+};
+
 // Any scale, soft cap and ALiBi, decided at run time by branches that all threads take alike.
-template <class Real> struct Shaped {
+template <class Real, class Rows = OwnRows> struct Shaped {
     static constexpr bool FOLDED = false;
     Real scale, softcap, inverse_softcap;
-    Real slope_log2;  // slope * log2(e)
+    Real slope_log2;  // slope * log2(e), of a group anything but 0 where there are slopes
     int q_offset;
+    Rows rows;
 
-    template <class Params> DEV_METHOD Shaped(const Params& p, const Work&, int, Real slope)
+    template <class Params>
+    DEV_METHOD Shaped(const Params& p, const Work& work, int head, Real slope)
         : scale(scale_of<Real>(p.shape)),
           softcap(softcap_of<Real>(p.shape)),
           inverse_softcap(softcap > 0 ? 1 / softcap : 0),
           slope_log2(slope * LOG2_E_OF<Real>),
-          q_offset(p.shape.q_offset) {}
+          q_offset(p.shape.q_offset),
+          rows(p, work, head) {}
 
     DEV_METHOD Real folded_factor() const { return 1; }
     DEV_METHOD bool negative() const { return false; }
@@ -84,7 +119,7 @@ template <class Real> struct Shaped {
     }
     // d(logit) / d(slope)
     DEV_METHOD Real alibi_distance(int row, int key) const {
-        return -abs_of((Real)(row + q_offset - key));
+        return -abs_of((Real)(rows.query(row) + q_offset - key));
     }
 
     // The same made from constant memory at this place, so that a main loop does not carry it.
@@ -106,7 +141,7 @@ template <class Real> struct Shaped {
         return {softcap * unit * t, 1 - t * t};
     }
     DEV_METHOD Real biased(Real log2, int row, int key) const {
-        return fma_of(slope_log2, alibi_distance(row, key), log2);
+        return fma_of(rows.slope_log2(slope_log2, row), alibi_distance(row, key), log2);
     }
     template <class Map> DEV_METHOD void apply_scale(Map map, Real unit) const {
         if (softcap > 0)
@@ -131,16 +166,16 @@ struct Unmodified {
 };
 
 // Everything: Shaped, and between soft cap and ALiBi a score expression and a bias.
-template <class Element, bool HAS_BIAS, class Modifier> struct General {
+template <class Element, bool HAS_BIAS, class Modifier, class Rows = OwnRows> struct General {
     static constexpr bool FOLDED = false;
     using Storage = typename Element::Storage;
     using Real = typename Element::Real;
-    Shaped<Real> shaped;
+    Shaped<Real, Rows> shaped;
     // Into constant memory: a main loop has no registers to keep what it can read there.
     const Shape* shape;
     const PairStrides* steps;
     int batch, head;
-    const u8* bias;  // of the head
+    const u8* bias;  // of the (first) head
     Modifier modifier;
 
     template <class Params>
@@ -161,7 +196,8 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     DEV_METHOD Logit<Real> at(Real s, int row, int key) const {
         Logit<Real> logit = shaped.scaled(s, UNIT);
         if constexpr (Modifier::CHANGES) {
-            const auto changed = modifier.with_derivative(logit.log2, batch, head, row, key);
+            const auto changed =
+                modifier.with_derivative(logit.log2, batch, head_of(row), query_of(row), key);
             logit = {changed.x * LOG2_E_OF<Real>, logit.derivative * changed.y};
         }
         if constexpr (HAS_BIAS) logit.log2 = with_bias(logit.log2, bias_at(row, key));
@@ -169,11 +205,11 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
         return logit;
     }
     template <class Map> DEV_METHOD void apply(Map map) const {
-        const Shaped<Real> shaped = this->shaped.anew(*shape);
+        const Shaped<Real, Rows> shaped = this->shaped.anew(*shape);
         shaped.apply_scale(map, UNIT);
         if constexpr (Modifier::CHANGES)
             map([&](Real s, int row, int key) {
-                return modifier.value(s, batch, head, row, key) * LOG2_E_OF<Real>;
+                return modifier.value(s, batch, head_of(row), query_of(row), key) * LOG2_E_OF<Real>;
             });
         if constexpr (HAS_BIAS) apply_bias(map);
         shaped.apply_alibi(map);
@@ -185,14 +221,26 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     // used.
     DEV_METHOD Real bias_at(int row, int key) const {
         // opaque: products of steps are not kept from one pair to the next.
-        const int i = opaque(min(row, shape->len_q - 1)), j = opaque(min(key, shape->len_k - 1));
-        const u8* from = bias + ((i * steps->row + j * steps->key) << log2_bytes());
+        const int i = opaque(min(query_of(row), shape->len_q - 1)),
+                  j = opaque(min(key, shape->len_k - 1));
+        const u8* from =
+            bias + ((member_offset(row) + i * steps->row + j * steps->key) << log2_bytes());
         return bias_is_element() ? Element::to_real(ld_global((const Storage*)from))
                                  : (Real)ld_global_f32((const float*)from);
     }
 
   private:
     static constexpr Real UNIT = Modifier::CHANGES ? 1 : LOG2_E_OF<Real>;
+
+    DEV_METHOD int query_of(int row) const { return shaped.rows.query(row); }
+    DEV_METHOD int head_of(int row) const { return head + shaped.rows.member(row); }
+    // Elements from the first head's bias to that of a row's head.
+    DEV_METHOD i64 member_offset(int row) const {
+        if constexpr (Rows::GROUPED)
+            return shaped.rows.member(row) * steps->head;
+        else
+            return 0;
+    }
 
     static constexpr bool HALVES = sizeof(Storage) == 2;
     static constexpr int LOG2_SIZE = HALVES ? 1 : sizeof(Storage) == 4 ? 2 : 3;
@@ -203,7 +251,9 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     template <class Map> DEV_METHOD void apply_bias(Map map) const {
         const bool wide_loads = steps->key == 1 && map.inside(shape->len_k);
         const auto row_of = [&](int row, int key) {
-            return bias + ((min(row, shape->len_q - 1) * steps->row + key) << log2_bytes());
+            const i64 to_row =
+                member_offset(row) + min(query_of(row), shape->len_q - 1) * steps->row;
+            return bias + ((to_row + key) << log2_bytes());
         };
         if constexpr (HALVES && Map::KEYS % 32 == 0)
             if (wide_loads && bias_is_element() && aligned(8))
@@ -226,28 +276,26 @@ template <class Element, bool HAS_BIAS, class Modifier> struct General {
     }
     // Do rows begin at multiples of so many elements?
     DEV_METHOD bool aligned(int elements) const {
-        return (((u64)bias >> log2_bytes()) | (u64)steps->row) % elements == 0;
+        const i64 to_head = Rows::GROUPED ? steps->head : 0;
+        return (((u64)bias >> log2_bytes()) | (u64)steps->row | (u64)to_head) % elements == 0;
     }
 };
 
 }  // namespace score
-
-// One element of an array of floats, or of elements where `element`.
-template <class Element>
-DEV typename Element::Real side_value(const void* array, i64 at, bool element) {
-    return element ? Element::to_real(ld_global((const typename Element::Storage*)array + at))
-                   : ((const float*)array)[at];
-}
 
 // The score of one query head, from any kernel's params.
 template <class Config, class Params>
 DEV typename Config::Score make_score(const Params& p, const Work& work, int head) {
     typename Config::Element::Real slope = 0;
     if constexpr (!Config::Score::FOLDED)
-        if (p.alibi_slopes != nullptr)
-            slope = side_value<typename Config::Element>(p.alibi_slopes,
-                                                         head_offset(work, p.slope_strides, head),
-                                                         p.shape.flags & FLAG_SLOPES_ELEMENT);
+        if (p.alibi_slopes != nullptr) {
+            if constexpr (GROUPED<Config>)
+                slope = 1;
+            else
+                slope = side_value<typename Config::Element>(
+                    p.alibi_slopes, head_offset(work, p.slope_strides, head),
+                    p.shape.flags & FLAG_SLOPES_ELEMENT);
+        }
     return typename Config::Score(p, work, head, slope);
 }
 

@@ -104,10 +104,16 @@ template <int M16, class Real = float> struct OnlineSoftmax {
     // no value.
     template <bool HAS_SINK>
     DEV_METHOD void finish(Real (&inverse)[M16][2], Real (&lse)[M16][2], Real sink_log2) {
+        finish<HAS_SINK>(inverse, lse, [&](int, int) { return sink_log2; });
+    }
+    // The same with a sink per row: sink_of(m, half).
+    template <bool HAS_SINK, class SinkOf>
+    DEV_METHOD void finish(Real (&inverse)[M16][2], Real (&lse)[M16][2], SinkOf sink_of) {
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
+                const Real sink_log2 = sink_of(m, half);
                 Real total = sum[m][half], share = 1;
                 total += shfl_xor(total, 1);
                 total += shfl_xor(total, 2);

@@ -137,16 +137,27 @@ def test_the_general_variant_serves_what_the_fast_one_cannot() -> None:
 def test_a_length_never_enters_a_specialization() -> None:
     def variants(*lengths) -> set[str]:
         plans = [
-            _plan.plan(problem(len_q=q, len_k=k, batch=(b,), q_offset=k - q), FakeDevice("sm_80"))
+            _plan.plan(
+                problem(len_q=q, len_k=k, batch=(b,), q_offset=k - q, **heads), FakeDevice("sm_80")
+            )
             for q, k, b in itertools.product(*lengths)
         ]
         return {plan.launches[0].spec.variant for plan in plans}
+
+    heads = {"heads_kv": 8}
 
     assert variants((1, 64, 999), (1, 77, 1023), (1, 3)) == {"linear"}
     # Two kinds of calls have kernels of their own, each one for all of its lengths.
     assert variants((1, 7, 16), (1024, 5000, 10**6), (1, 300)) == {"split16_linear"}
     assert variants((17, 64, 128), (1024, 5000, 10**6), (1, 3)) == {"split128_linear"}
     assert variants((999, 10**5), (1024, 5000, 10**6), (3, 300)) == {"linear"}
+    # With heads in groups of four, another four: up to 16, 32 or more rows of a group, and many queries.
+    heads = {"heads_kv": 2}
+    assert variants((1, 2, 4), (1, 77, 1023), (1, 3)) == {"rows16_linear_grouped"}
+    assert variants((5, 8), (1, 77, 1023), (1, 3)) == {"rows32_linear_grouped"}
+    assert variants((9, 33, 48), (1, 77, 1023), (1, 3)) == {"rows64_linear_grouped"}
+    assert variants((1, 4), (1024, 5000, 10**6), (1, 3)) == {"split16_linear_grouped"}
+    assert variants((65, 999), (1, 77, 1023), (1, 3)) == {"linear"}
 
 
 def test_deterministic_uses_no_reductions_into_dq() -> None:

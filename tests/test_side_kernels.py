@@ -80,6 +80,7 @@ def made_map(
     struct["batch_extent"], struct["heads"] = [1, 1, 1, batch], heads
     struct["len_q"], struct["len_k"], struct["tile_rows"] = rows, columns, tile_rows
     struct["tile_q"], struct["tile_k"], struct["by_keys"] = *tile, by_keys
+    struct["group"] = 1
     kernel = device.load(_side_kernels.mask_tiles(ARCH, kind))
     kernel(plane, _side_kernels.MAP_WARPS * 32, 0, struct.tobytes())
     return found
