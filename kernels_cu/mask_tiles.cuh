@@ -99,7 +99,7 @@ DEV TileFacts scan_bits(const u32* bits, int bit_words, Range rows, Range keys) 
         const int word = first_word + i % words, row = i / words;
         const int low = max(keys.begin - word * 32, 0), high = min(keys.end - word * 32, 32);
         const u32 inside = 0xffffffffu >> (32 - (high - low)) << low;
-        const u32 found = bits[row * bit_words + word];
+        const u32 found = bits[(i64)row * bit_words + word];
         mine.visible |= (found & inside) != 0u;
         mine.hidden |= (~found & inside) != 0u;
     }
