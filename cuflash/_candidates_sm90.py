@@ -10,7 +10,7 @@ from cuflash import _candidates, _tuning_sm90
 from cuflash._candidates import OPTION_VARIANTS, Variant
 from cuflash._compile import Specialization
 from cuflash._device import Limits
-from cuflash._launch_maps import BATCH_AXES
+from cuflash._launch_maps import BATCH_AXES, MAX_STRIDE
 from cuflash._plan_values import Launch, Plan, Schedule
 from cuflash._problem import Problem
 from cuflash._variants import variant_of
@@ -18,7 +18,6 @@ from cuflash._views import merge_axes
 
 ARCH = "sm_90a"
 ELEMENTS = ("float16", "bfloat16")
-MAX_STRIDE = 2**40  # bytes
 # Blocks that walk the keys of one head at a time, at least: four tiles of queries per tile of keys read
 # from memory are work enough to hide it.
 _BLOCKS_PER_HEAD = 4

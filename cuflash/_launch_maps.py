@@ -15,6 +15,7 @@ from cuflash._views import Views
 
 SLAB_COLUMNS = 64  # 128 bytes: a row of the swizzle
 BATCH_AXES = 2  # of a map, beside columns, rows and heads
+MAX_STRIDE = 2**40  # bytes
 
 
 def most_batch_axes(plan: Plan) -> int:
@@ -40,8 +41,12 @@ def layout_of(problem: Problem, views: Views, name: str, rows: int) -> Layout:
         (*view.strides[-2:-4:-1], *steps[: -BATCH_AXES - 1 : -1]),
         strict=True,
     )
-    # Nobody steps along an axis of extent 1, but the driver wants a stride that it could.
-    axes = [(n, step * itemsize) if n > 1 and step else (1, 16) for n, step in outer]
+    # Nobody steps along an axis of extent 1, but the driver wants a stride: as if it lay behind the axis before.
+    axes: list[tuple[int, int]] = []
+    packed = -(-view.shape[-1] * itemsize // 16) * 16
+    for n, step in outer:
+        axes.append((n, step * itemsize) if n > 1 and step else (1, packed))
+        packed = min(axes[-1][0] * axes[-1][1], MAX_STRIDE - 16)
     return Layout(
         kind=problem.dtype,
         dims=(view.shape[-1], *(n for n, _ in axes)),

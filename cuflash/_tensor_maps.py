@@ -14,8 +14,9 @@ import sys
 from typing import Any, NamedTuple
 
 BYTES = 128
-# The driver wants its output at a multiple of this; kernels declare the same (ptx_sm90.cuh).
+# Kernels declare maps at multiples of this (params.cuh), as the driver of CUDA 12 does; that of CUDA 13 says 128.
 ALIGNMENT = 64
+_DRIVER_ALIGNMENT = 128
 RANK = 5  # the largest
 
 # CUtensorMapDataType
@@ -89,8 +90,8 @@ def encoded(pointer: int, layout: Layout) -> bytes:
     128
     """
     rank = len(layout.dims)
-    space = (ctypes.c_uint8 * (BYTES + ALIGNMENT))()
-    address = -(-ctypes.addressof(space) // ALIGNMENT) * ALIGNMENT
+    space = (ctypes.c_uint8 * (BYTES + _DRIVER_ALIGNMENT))()
+    address = -(-ctypes.addressof(space) // _DRIVER_ALIGNMENT) * _DRIVER_ALIGNMENT
     status = _driver_function()(
         address,
         TYPES[layout.kind],

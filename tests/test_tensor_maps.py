@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from cuflash import _params, _tensor_maps
+from cuflash._launch_maps import layout_of
 from cuflash._tensor_maps import Layout
+from cuflash._views import View, Views
 
 LAYOUT = Layout("bfloat16", (96, 50, 8, 3), (192, 9600, 76800), (64, 32, 1, 1))
 POINTER = 0x7F0000001000
@@ -43,7 +45,7 @@ def test_arguments_of_the_driver(driver: Driver) -> None:
     """In the order of cuda.h: map, type, rank, address, extents, strides, box, steps, then four enums."""
     assert _tensor_maps.encoded(POINTER, LAYOUT) == b"\1" * 128
     ((address, *rest),) = driver.calls
-    assert address % 64 == 0
+    assert address % 128 == 0  # what cuda.h of CUDA 13 declares; 64 before
     assert rest == [
         9,  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
         4,
@@ -127,6 +129,20 @@ def test_a_refusal_of_the_driver_is_an_error_and_not_kept(driver: Driver) -> Non
 def test_rank_1_has_no_strides(driver: Driver) -> None:
     _tensor_maps.encoded(POINTER, Layout("float32", (100,), (), (32,), 0))
     assert driver.calls[0][4:7] == ([100], [0], [32])
+
+
+def test_axes_of_extent_one_have_strides_that_fit_the_others() -> None:
+    """Nothing steps along them, and a driver that compares strides with each other finds nothing to refuse."""
+
+    class Asked:
+        dtype, batch = "float16", (1, 3)
+
+    rows: Any = Views(Asked, {"q": View((1, 3, 1, 50, 40), (0, 9000, 0, 60, 1), False)})  # type: ignore[arg-type]
+    found = layout_of(Asked, rows, "q", 64)  # type: ignore[arg-type]
+    assert found.dims == (40, 50, 1, 3, 1)
+    assert found.strides == (120, 6000, 18000, 54000)
+    single: Any = Views(Asked, {"q": View((1, 3, 1, 1, 40), (0, 9000, 0, 0, 1), False)})  # type: ignore[arg-type]
+    assert layout_of(Asked, single, "q", 64).strides == (80, 80, 18000, 54000)  # type: ignore[arg-type]
 
 
 def test_maps_in_params_lie_where_kernels_declare_them() -> None:
