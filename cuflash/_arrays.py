@@ -120,11 +120,17 @@ def adopt(
     ValueError
         CUDA arrays of several GPUs.
     """
+    kind = type(objects[0])
     for place, array in enumerate(objects):
-        if type(array) is not np.ndarray and (array is not None or place < required):
+        if type(array) is not kind and (array is not None or place < required):
             break
-    else:
-        return objects, device_override()
+    else:  # nearly every call: arrays of one kind, nothing to convert
+        if kind is np.ndarray:
+            return objects, device_override()
+        if is_cupy(kind) and _on_one_gpu(objects):
+            from cuflash import _cupy_device
+
+            return objects, _cupy_device.device_of(objects[0])
     seen = Seen(dict(zip(names, objects, strict=True)), options())
     # Before CuPy is asked for anything: it may be absent, or without a driver.
     sides = {name: _side_of(x) for name, x in zip(names, objects, strict=True)}
@@ -140,6 +146,17 @@ def adopt(
     from cuflash import _cupy_device
 
     return arrays, _cupy_device.device_of(arrays[0])
+
+
+def is_cupy(kind: type) -> bool:
+    """Whether this is the type of CuPy's arrays, which nobody can have before CuPy is imported."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and kind is cupy.ndarray
+
+
+def _on_one_gpu(arrays: Sequence[Any]) -> bool:
+    """Whether one GPU holds all of these CuPy arrays; None is anywhere."""
+    return len({array.data.device_id for array in arrays if array is not None}) == 1
 
 
 def _side_of(x: Any) -> str | None:

@@ -17,11 +17,12 @@ from cuflash._device import Device
 from cuflash._dropout import Dropout
 from cuflash._extras import Extra
 from cuflash._plan_values import Launch, Plan
-from cuflash._problem import Problem
+from cuflash._problem import Packed, Problem
 from cuflash._views import View, Views, pair_view
 
 WORD = 32  # tiles per word of a map
 FAR = 2**30  # a band's bound that no sequence reaches
+_SEQUENCE_WORDS, _WORK_WORDS = 4, 2  # of an entry of the tables of packed sequences: int4, int2
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,10 @@ class OptionInputs:
         self._score_elements = [
             arrays[name].dtype != _dtypes.FLOAT32 for name in problem.score_params
         ]
+        ends = (arrays.get("cu_seqlens_q"), arrays.get("cu_seqlens_k"))
+        self._ends = [(cu.strides[0], cu.dtype.itemsize) for cu in ends if cu is not None]
+        # What follows the other pointers of a call that has no such options.
+        self._no_scores = [0] * (_params.MAX_SCORE_ARRAYS + _params.MAX_SCORE_SCALARS)
         self._maps: dict[Launch, TileMap] = {}
         self._map_words = 0
 
@@ -149,28 +154,32 @@ class OptionInputs:
                 tile_q, tile_k, by_keys, rows, words, self._map_words, plane, group
             )
             self._map_words += 2 * plane
-        self._mask_values = values.copy()
+        self._map_packers = [
+            (tiles.plane, self._map_packer(tiles, values)) for tiles in self._maps.values()
+        ]
         self._map_kernel = self._device.load(
             _side_kernels.mask_tiles(self._device.arch, problem.mask.kind)
         )
 
+    def _map_packer(self, tiles: TileMap, values: np.ndarray) -> _params.Packer:
+        """The params of one map's launch, ready but for its pointers; `values` as in MaskParams."""
+        struct = np.zeros((), _params.MASK_TILES)
+        struct["values"] = values
+        tiles.fill(struct["values"], self._extents, self._heads)
+        struct["batch_extent"], struct["heads"] = self._extents, self._heads
+        struct["len_q"], struct["len_k"] = self._longest
+        struct["tile_q"], struct["tile_k"] = tiles.tile_q, tiles.tile_k
+        struct["by_keys"], struct["tile_rows"] = tiles.by_keys, tiles.rows
+        struct["group"] = tiles.group
+        return _params.Packer(struct, len(_params.MASK_TILES_POINTERS))
+
     def _make_maps(self, elements: Any, bits: Any) -> Any:
         """Tile maps of every launch, one behind the other."""
-        device = self._device
-        map_ = device.empty((max(1, self._map_words),), np.uint32)
-        for tiles in self._maps.values():
-            struct = np.zeros((), _params.MASK_TILES)
-            struct["mask"] = device.pointer(elements)
-            struct["mask_bits"] = 0 if bits is None else device.pointer(bits)
-            struct["map"] = device.pointer(map_)
-            struct["values"] = self._mask_values
-            tiles.fill(struct["values"], self._extents, self._heads)
-            struct["batch_extent"], struct["heads"] = self._extents, self._heads
-            struct["len_q"], struct["len_k"] = self._longest
-            struct["tile_q"], struct["tile_k"] = tiles.tile_q, tiles.tile_k
-            struct["by_keys"], struct["tile_rows"] = tiles.by_keys, tiles.rows
-            struct["group"] = tiles.group
-            self._map_kernel(tiles.plane, _side_kernels.MAP_WARPS * 32, 0, struct.tobytes())
+        at = self._device.pointer
+        map_ = self._device.empty((max(1, self._map_words),), np.uint32)
+        pointers = at(elements), 0 if bits is None else at(bits), at(map_)
+        for blocks, pack in self._map_packers:
+            self._map_kernel(blocks, _side_kernels.MAP_WARPS * 32, 0, pack(*pointers))
         return map_
 
     def _mask_pointers(self, arrays: Mapping[str, Any], extra: Extra, held: list[Any]) -> list[int]:
@@ -205,33 +214,41 @@ class OptionInputs:
             schedule = launch.schedule
             self._tables[launch] = (offset, schedule.tiles, tile, by_keys, schedule.longest_last)
             offset += schedule.tiles
-        self._work_entries = offset
+        # `sequences`, then `work`, in one piece of memory.
+        (batch,) = self._problem.batch
+        self._work_at = (1 + batch) * _SEQUENCE_WORDS * 4
+        self._table_words = (1 + batch) * _SEQUENCE_WORDS + offset * _WORK_WORDS
         self._packed_kernel = self._device.load(_side_kernels.packed_plan(self._device.arch))
+        self._packed_packer = self._plan_packer(packed, batch)
 
-    def _packed_pointers(self, arrays: Mapping[str, Any], held: list[Any]) -> list[int]:
-        """Makes `sequences` and `work` of the cumulative lengths."""
-        device, problem = self._device, self._problem
-        assert problem.packed is not None
-        (batch,) = problem.batch
-        sequences = device.empty((1 + batch, 4), np.int32)
-        work = device.empty((max(1, self._work_entries), 2), np.int32)
-        held += (sequences, work)
+    def _plan_packer(self, packed: Packed, batch: int) -> _params.Packer:
+        """The params of the launch that finds the tiles, ready but for its pointers."""
+        problem = self._problem
         struct = np.zeros((), _params.PACKED_PLAN)
-        for side in "qk":
-            cu = arrays[f"cu_seqlens_{side}"]
-            struct[f"cu_{side}"] = device.pointer(cu)
-            struct[f"stride_{side}"] = cu.strides[0] // cu.dtype.itemsize
-            struct[f"wide_{side}"] = cu.dtype.itemsize == 8
-        struct["sequences"], struct["work"] = device.pointer(sequences), device.pointer(work)
-        struct["total_q"], struct["total_k"] = problem.packed.total_q, problem.packed.total_k
+        for side, (stride, itemsize) in zip("qk", self._ends, strict=True):
+            struct[f"stride_{side}"] = stride // itemsize
+            struct[f"wide_{side}"] = itemsize == 8
+        struct["total_q"], struct["total_k"] = packed.total_q, packed.total_k
         struct["batch"], struct["max_q"], struct["max_k"] = batch, problem.len_q, problem.len_k
         struct["tables"] = len(self._tables)
         for n, (offset, capacity, tile, by_keys, longest_last) in enumerate(self._tables.values()):
             table = struct["table"][n]
             table["offset"], table["capacity"], table["tile"] = offset, capacity, tile
             table["by_keys"], table["longest_last"] = by_keys, longest_last
-        self._packed_kernel(len(self._tables), _side_kernels.PACKED_WARPS * 32, 0, struct.tobytes())
-        return [device.pointer(sequences), device.pointer(work)]
+        return _params.Packer(struct, len(_params.PACKED_PLAN_POINTERS))
+
+    def _packed_pointers(self, arrays: Mapping[str, Any], held: list[Any]) -> list[int]:
+        """Makes `sequences` and `work` of the cumulative lengths."""
+        at = self._device.pointer
+        tables = self._device.empty((self._table_words,), np.int32)
+        held.append(tables)
+        sequences = at(tables)
+        work = sequences + self._work_at
+        params = self._packed_packer(
+            at(arrays["cu_seqlens_q"]), at(arrays["cu_seqlens_k"]), sequences, work
+        )
+        self._packed_kernel(len(self._tables), _side_kernels.PACKED_WARPS * 32, 0, params)
+        return [sequences, work]
 
     # ---- per launch, per call
 
@@ -259,11 +276,12 @@ class OptionInputs:
         found.append(0 if seed is None else at(seed))
         found.append(extra.seed or 0)
         found += [0, 0] if problem.packed is None else self._packed_pointers(arrays, held)
+        if extra.score_mod is None:
+            return found + self._no_scores
         scores = [self._contiguous(arrays[name], held) for name in problem.score_params]
         found += scores + [0] * (_params.MAX_SCORE_ARRAYS - len(scores))
         real = _dtypes.BY_NAME[problem.dtype].lse
-        numbers = [] if extra.score_mod is None else extra.score_mod.scalars.values()
-        bits = [scalar_bits(number, real) for number in numbers]
+        bits = [scalar_bits(number, real) for number in extra.score_mod.scalars.values()]
         return found + bits + [0] * (_params.MAX_SCORE_SCALARS - len(bits))
 
     def _contiguous(self, array: Any, held: list[Any]) -> int:

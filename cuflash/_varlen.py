@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
-from cuflash import _arrays, _checks, _packed_checks
+from cuflash import _checks
 from cuflash._errors import Seen
 from cuflash._extras import split
 from cuflash._gradient import Gradients, Pullback, _names, score_parameters
+from cuflash._packed_bounds import bounds_of
 from cuflash._prepare import prepared
 
 
@@ -111,7 +110,7 @@ def attention_varlen(
     True
     """
     mask, seed, extra = split(mask, seed, score_mod)
-    bounds = _bounds(
+    bounds = bounds_of(
         (q, k, cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
         layout,
@@ -230,7 +229,7 @@ score_mod, scale, dropout_p, seed, precision, layout
     if type(wrt) is not tuple:
         wrt = _names(wrt)
     mask, seed, extra = split(mask, seed, score_mod)
-    bounds = _bounds(
+    bounds = bounds_of(
         (q, k, cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
         layout,
@@ -353,42 +352,3 @@ score_mod, scale, dropout_p, seed, precision, layout, return_lse, out
     options.update(deterministic=deterministic, wrt=wrt)
     pullback = Pullback(attention_varlen_backward, (q, k, v, result, lse, *ends), options)
     return ((result, lse) if return_lse else result), pullback
-
-
-def _bounds(
-    arrays: tuple[Any, Any, Any, Any],
-    given: tuple[int | None, int | None],
-    layout: Any,
-    needs_longest: bool,
-) -> tuple[int, int]:
-    """Bounds of the lengths: those given, else what the contents say.
-
-    Lengths in the host's memory are always checked; those of a GPU are read, which synchronises, only
-    when a bound is missing. Without mask and bias any bound will do, and the packed length is one that
-    does not make every batch another kind of call.
-    """
-    names = ("q", "k", "cu_seqlens_q", "cu_seqlens_k")
-    told = {"max_seqlen_q": given[0], "max_seqlen_k": given[1], "layout": layout}
-    adopted, _ = _arrays.adopt(names, arrays, 4, lambda: told)
-    seen = Seen(dict(zip(names, adopted, strict=True)), told)
-    layout = _checks.layout(layout, seen)
-    wanted = [
-        None if value is None else _packed_checks.longest(name, value, seen)
-        for name, value in list(told.items())[:2]
-    ]
-    bounds = []
-    for rows, cu, bound, name in zip(adopted[:2], adopted[2:], wanted, names[2:], strict=True):
-        total = rows.shape[0 if layout == "LHD" else 1] if rows.ndim == 3 else 0
-        on_host = isinstance(cu, np.ndarray)
-        readable = cu.ndim == 1 and cu.size > 0 and cu.dtype.kind == "i" and rows.ndim == 3
-        longest = bound
-        if readable and (on_host or None in wanted):
-            contents = cu if on_host else cu.get()
-            most = _packed_checks.contents(name, contents, total, bound, seen)
-            if longest is None:
-                longest = most if needs_longest else total
-        if longest is None or not needs_longest:
-            # No sequence is longer than the arrays; only masks and biases are of the bound's size.
-            longest = total if longest is None else min(longest, total)
-        bounds.append(longest)
-    return bounds[0], bounds[1]
