@@ -45,11 +45,11 @@ def _preload(distribution: str, library: str) -> None:
         path = Path(str(file.locate()))
         if file.name == library and path.exists():
             ctypes.CDLL(str(path))
-            _preload_builtins(path.parent)
+            preload_builtins(path.parent)
             return
 
 
-def _preload_builtins(folder: Path) -> None:
+def preload_builtins(folder: Path) -> None:
     """Load what NVRTC looks up by name when it compiles: wheels of 13.0 do not say that it lies beside them."""
     for path in folder.glob("libnvrtc-builtins.so.*"):
         with contextlib.suppress(OSError):  # NVRTC may still find another one

@@ -6,6 +6,8 @@ import ctypes
 import sys
 from pathlib import Path
 
+from cuflash._nvrtc import preload_builtins
+
 KERNELS = Path(__file__).resolve().parents[2] / "kernels_cu"
 # -lineinfo gives the emulator CUDA line numbers. No -ftz and no fast-math: those would change results.
 OPTIONS = ("-std=c++17", "-lineinfo", f"-I{KERNELS}")
@@ -51,7 +53,9 @@ class Nvrtc:
     """
 
     def __init__(self, major: int = 12) -> None:
-        self._lib = ctypes.CDLL(str(find_library(major)))
+        path = find_library(major)
+        self._lib = ctypes.CDLL(str(path))
+        preload_builtins(path.parent)
         for name in ("nvrtcGetErrorString",):
             getattr(self._lib, name).restype = ctypes.c_char_p
         numbers = ctypes.c_int(), ctypes.c_int()
