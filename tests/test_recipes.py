@@ -102,6 +102,7 @@ def test_every_block_is_python() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.small_gpu
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if any(b.gpu for b in of(r))])
 def test_recipe_on_a_gpu(recipe: str) -> None:
     names: dict[str, Any] = {"__name__": recipe}
