@@ -32,6 +32,7 @@ ELEMENTS = ("f16", "bf16")
 # Two warpgroups of 64 keys and one that feeds them. The accumulators of a warpgroup (dK and dV: 64 x head dim
 # each; S^T and dP^T: 64 x BLOCK_Q) take 192 registers per thread with either tile. 2026-11-21, chosen.
 TILES = {
+    (32, 32): Tile(128, 128, 12, stages=2),
     (64, 64): Tile(128, 128, 12, stages=2),
     (96, 96): Tile(64, 128, 12, stages=2),
     (128, 128): Tile(64, 128, 12, stages=2),
@@ -45,7 +46,7 @@ def shared_bytes(tile: Tile, head_dim: int, accumulate: bool) -> int:
     keys = 2 * tile.block_k * columns * 2
     queries = tile.stages * tile.block_q * (2 * columns * 2 + 8)
     gathered = 2 * tile.block_k * tile.block_q * 2 + tile.block_q * head_dim * 4
-    barriers, work, alignment = (4 + 4 * tile.stages) * 8, 48, 1024
+    barriers, work, alignment = (4 + 4 * tile.stages) * 8, 80, 1024
     return keys + queries + (gathered if accumulate else 0) + barriers + work + alignment
 
 
@@ -65,11 +66,11 @@ class BackwardSm90(Backward):
             reasons.append(f"{problem.dtype} is not one of float16, bfloat16")
         elif not reasons and dim_pair(problem.head_dim, problem.head_dim_v) not in TILES:
             reasons.append(
-                f"head dims {problem.head_dim} and {problem.head_dim_v} are not in 33 to 128"
+                f"head dims {problem.head_dim} and {problem.head_dim_v} are not both up to 128"
             )
         if not {"k", "v"} & set(problem.wrt):
             reasons.append("neither the gradient of k nor of v is wanted")
-        return reasons + _refused_options(problem) + _refused_memory(problem)
+        return reasons + _refused_memory(problem)
 
     def kernels(self, problem: Problem, arch: str) -> BackwardKernels:
         """The portable family's, with this one's kernel for keys, which gathers dQ where nothing asks for a
@@ -110,7 +111,7 @@ class BackwardSm90(Backward):
 
     def _listed(self, element: str, dims: tuple[int, int]) -> Iterator[Specialization]:
         """Every variant of one size that tests compile."""
-        variants = [v.without_sinks() for v in listed_variants(element, dims) if not v.packed]
+        variants = [v.without_sinks() for v in listed_variants(element, dims)]
         for variant in dict.fromkeys(variants):
             for gathers, turns in ((True, False), (True, True), (False, False)):
                 if not (turns and variant.mask):
@@ -119,15 +120,6 @@ class BackwardSm90(Backward):
                 yield self.specialization(
                     "backward_convert", ARCH, element, dims, variant, permuted=True
                 )
-
-
-def _refused_options(problem: Problem) -> list[str]:
-    """Options that the kernel does not have."""
-    named = {
-        "a score expression": bool(problem.expression),
-        "packed sequences": problem.packed is not None,
-    }
-    return [f"does not take {what}" for what, is_there in named.items() if is_there]
 
 
 def _refused_memory(problem: Problem) -> list[str]:

@@ -344,7 +344,7 @@ def _launches(plan: Any) -> Iterator[str]:
         yield "    " + ", ".join(f"{name} {value}" for name, value in spec.constants)
         yield f"    source {path}"
     for scratch in plan.scratch:
-        size = struct.calcsize({"float32": "f", "float64": "d"}[scratch.dtype])
+        size = struct.calcsize({"float32": "f", "float64": "d", "uint32": "I"}[scratch.dtype])
         for extent in scratch.shape:
             size *= extent
         total += size

@@ -64,8 +64,10 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
     const Shape& shape = p.shape;
     const Work work = decode<C>(p, shape.heads);
     static_assert(C::BLOCK_Q == TURN_ROWS, "a block has one counter");
-    if (p.dq_turns != nullptr && threadIdx.x == 0)
-        p.dq_turns[((i64)work.batch * shape.heads + work.head) * p.schedule.tiles + work.tile] = 0;
+    if (p.dq_turns != nullptr && threadIdx.x == 0) {
+        const int q_start = C::PACKED ? packed::sequence(p.options, work.batch).q_start : 0;
+        p.dq_turns[turn_place<C>(p, work.batch, work.head, q_start, work.tile * C::BLOCK_Q)] = 0;
+    }
     const int row_0 = work.tile * C::BLOCK_Q;
     const i64 first = statistics_row<C>(p, work, work.head);  // of this head in the workspaces
     const Storage* out_gmem = (const Storage*)p.out + head_offset(work, p.out_strides, work.head);

@@ -12,25 +12,29 @@
 
 #include "backward_sm90_feed.cuh"
 #include "backward_sm90_products.cuh"
+#include "backward_sm90_results.cuh"
 
 namespace backward::sm90 {
 
-template <class C> struct Consumer {
-    using Element = typename C::Element;
-    using Mask = typename C::Mask;
+template <class C> struct Consumer : Results<C> {
+    using Base = Results<C>;
+    using Base::arrive, Base::cuts, Base::first_key, Base::isolates, Base::key_work, Base::repair;
+    using Base::p, Base::layout, Base::head_mask, Base::repair_k;
+    using Base::sequence, Base::warp_key, Base::warpgroup;
+    using typename Base::Element;
+    using typename Base::L;
+    using typename Base::Mask;
+    using typename Base::TileDout;
+    using typename Base::TileK;
+    using typename Base::TileQ;
+    using typename Base::TileV;
     using Score = typename C::Score;
-    using L = Layout<C>;
-    using TileK = typename L::TileK;
-    using TileV = typename L::TileV;
-    using TileQ = typename L::TileQ;
-    using TileDout = typename L::TileDout;
     using TileDs = typename L::TileDs;
     static_assert(C::BLOCK_K == 128, "two warpgroups own 64 keys each");
     static constexpr int Q8 = C::BLOCK_Q / 8;
-    // Scores that take registers of their own to work out come half a tile at a time where a whole one does not fit
-    // beside them.
-    static constexpr int PARTS =
-        C::BLOCK_Q == 128 && (!Score::FOLDED || C::DROPOUT || !Mask::CONTIGUOUS) ? 2 : 1;
+    // Scores that take registers of their own to work out come a part of a tile at a time where a whole one does
+    // not fit beside them.
+    static constexpr int PARTS = C::BLOCK_Q / QUERIES_AT_ONCE<C>;
     // Where registers allow, dV is under way while dS is made.
     static constexpr bool EARLY_DV =
         Score::FOLDED && !C::DROPOUT && Mask::CONTIGUOUS && C::BLOCK_Q == 64;
@@ -43,36 +47,12 @@ template <class C> struct Consumer {
     static_assert(C::BLOCK_Q * L::COLUMNS == 128 * 64 || !C::ACCUMULATE_DQ,
                   "a tile of dQ is two halves of 64 x 64");
 
-    const BackwardSm90Params& p;
-    const L layout;
-    Mask mask;              // of the query head at hand
-    bool repair_k = false;  // K has a NaN or inf, which dQ of rows that do not see it must not meet
-    bool repaired = false;  // a NaN or inf of Q or dO was left out: add_back has to follow
     Accumulator<1, C::HEAD_DIM / 8> dk;
     Accumulator<1, C::HEAD_DIM_V / 8> dv;
 
-    DEV_METHOD Consumer(const BackwardSm90Params& params, const L& place)
-        : p(params), layout(place), mask(key_work().mask(params, 0)) {
+    DEV_METHOD Consumer(const BackwardSm90Params& params, const L& place) : Base(params, place) {
         dk.zero();
         dv.zero();
-    }
-
-    // Read anew where they are needed: registers are scarce here.
-    DEV_METHOD int first_key() const { return (int)ld_shared_u32(layout.work()) * C::BLOCK_K; }
-    DEV_METHOD KeyWork<C> key_work() const { return KeyWork<C>(layout.work()); }
-    DEV_METHOD Range keys() const { return {first_key(), first_key() + C::BLOCK_K}; }
-    DEV_METHOD static Range rows_of_tile(int tile) {
-        return {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
-    }
-    DEV_METHOD static int warp_key() { return fresh_thread_id() / 32 * 16; }
-    // The same in all lanes, for the compiler too.
-    DEV_METHOD static int warpgroup() {
-        return __shfl_sync(FULL_WARP, (int)(fresh_thread_id() / 128), 0);
-    }
-    // One arrival for the warp, whose lanes are all through with what they did before.
-    DEV_METHOD static void arrive(u32 barrier) {
-        __syncwarp();
-        if (fresh_thread_id() % 32 == 0) mbarrier_arrive(barrier);
     }
 
     DEV_METHOD void walk() {
@@ -80,16 +60,18 @@ template <class C> struct Consumer {
         Visit<C::STAGES> visit;
 #pragma unroll 1
         for (int head = 0; head < p.shape.group; ++head) {
-            if constexpr (!Mask::CONTIGUOUS) mask = key_work().mask(p, head);
+            if constexpr (!Mask::CONTIGUOUS) head_mask = key_work().mask(p, head);
             const Work work = key_work().work;
-            const Score score = make_score<C>(p, work, work.head * p.shape.group + head);
+            Score score = make_score<C>(p, work, work.head * p.shape.group + head);
+            if constexpr (C::PACKED) set_offset(score, layout.q_offset(p));
 #pragma unroll 1
-            for (int tile = mask.next_tile(tiles.begin, tiles.end); tile < tiles.end;
-                 tile = mask.next_tile(tile + 1, tiles.end)) {
+            for (int tile = head_mask.next_tile(tiles.begin, tiles.end); tile < tiles.end;
+                 tile = head_mask.next_tile(tile + 1, tiles.end)) {
                 if (visit.number == 0) {
                     mbarrier_wait(layout.keys_full(), 0);
                     if constexpr (C::ACCUMULATE_DQ)
-                        repair_k = named_barrier_or(CONSUMER_BARRIER, CONSUMERS, finds_bad_keys());
+                        repair_k =
+                            named_barrier_or(CONSUMER_BARRIER, CONSUMERS, this->finds_bad_keys());
                 }
                 step(score, head, tile, visit);
                 visit.advance();
@@ -127,7 +109,7 @@ template <class C> struct Consumer {
         wgmma_pin(dk);
         if constexpr (!C::ACCUMULATE_DQ) arrive(layout.dout_empty(visit.stage()));
         arrive(layout.q_empty(visit.stage()));
-        if (isolate && repair_k) restore_keys();
+        if (isolate && repair_k) this->restore_keys();
     }
 
     // P and dS of a tile, rounded and with pairs hidden; dV is under way when this returns. True if some pairs
@@ -184,14 +166,6 @@ template <class C> struct Consumer {
         return isolate;
     }
 
-    DEV_METHOD bool isolates(int tile) const {
-        return mask.isolates(rows_of_tile(tile), keys(), tile);
-    }
-    DEV_METHOD bool cuts(int tile) const {
-        return mask.cuts(rows_of_tile(tile), keys(), tile) ||
-               (tile + 1) * C::BLOCK_Q > p.shape.len_q;
-    }
-
     // dV += P^T dO, under way when this returns.
     DEV_METHOD void add_dv(const Operand& weights, u32 dout_smem) {
         wgmma_fence();
@@ -240,7 +214,8 @@ template <class C> struct Consumer {
     // Sets P or dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN. Rounded, they take
     // half of the registers.
     template <class... Operands> DEV_METHOD void hide(int tile, Operands&... operands) const {
-        each_hidden<1, Q8, true>(mask, p.shape.len_q, tile * C::BLOCK_Q, first_key() + warp_key(),
+        each_hidden<1, Q8, true>(this->mask(), sequence().q_len, tile * C::BLOCK_Q,
+                                 first_key() + warp_key(),
                                  [&](int, int n, int e) { (operands.hide(n, e), ...); });
     }
 
@@ -265,124 +240,6 @@ template <class C> struct Consumer {
         fence_proxy_async();
         arrive(layout.dq_full());
     }
-
-    // ---- NaN and inf of rows and keys, which only the pairs that see them may meet ----
-
-    DEV_METHOD bool finds_bad_keys() const {
-        bool found = false;
-#pragma unroll 1
-        for (unsigned i = fresh_thread_id(); i < TileK::BYTES / 16; i += CONSUMERS) {
-            const uint4 chunk = ld_shared_v4(layout.k() + i * 16);
-            const uint4 clean = Element::finite_chunk(chunk);
-            found |= clean.x != chunk.x || clean.y != chunk.y || clean.z != chunk.z ||
-                     clean.w != chunk.w;
-        }
-        return found;
-    }
-
-    // Before the products of weights and gradients with a tile some of whose pairs are hidden.
-    DEV_METHOD void repair(u32 q_smem, u32 dout_smem) {
-        // Scores come from Q, dO and K as they are: both warpgroups must have their own.
-        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-        bool found = remove_own_non_finite<Element, TileDout, CONSUMERS>(dout_smem);
-        found |= remove_own_non_finite<Element, TileQ, CONSUMERS>(q_smem);
-        if (repair_k) remove_own_non_finite<Element, TileK, CONSUMERS>(layout.k());
-        fence_proxy_async();
-        repaired |= named_barrier_or(CONSUMER_BARRIER, CONSUMERS, found);
-    }
-
-    // After dQ: the next scores need K as it is.
-    DEV_METHOD void restore_keys() const {
-        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-        backward::restore_tile<TileK, CONSUMERS>(k_gmem(), layout.k(), first_key());
-        fence_proxy_async();
-        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-    }
-
-    DEV_METHOD GlobalRows<u16> k_gmem() const {
-        const Work work = key_work().work;
-        return head_rows<u16>(p.k, p.k_strides, work, work.head, p.shape.len_k, p.shape.head_dim,
-                              true);
-    }
-    // Q or dO of one query head of the group.
-    DEV_METHOD GlobalRows<u16> rows_gmem(const void* array, const Strides& strides, int columns,
-                                         int head) const {
-        const Work work = key_work().work;
-        return head_rows<u16>(array, strides, work, work.head * p.shape.group + head, p.shape.len_q,
-                              columns, true);
-    }
-
-    // act(head, tile) for every tile that was repaired.
-    template <class Act> DEV_METHOD void each_repaired(Act act) {
-        key_work().each(p, [&](int head, int tile) {
-            mask = key_work().mask(p, head);
-            if (isolates(tile)) act(head, tile);
-        });
-    }
-
-    // What repairs of K took out of dQ.
-    DEV_METHOD void add_back_dq() {
-        each_repaired([&](int head, int tile) {
-            const GlobalRows<u16> k = k_gmem();
-            const Work work = key_work().work;
-            const i64 first = statistics_row<C>(p, work, work.head * p.shape.group + head);
-            const int row_0 = tile * C::BLOCK_Q, rows = min(C::BLOCK_Q, p.shape.len_q - row_0);
-#pragma unroll 1
-            for (int at = fresh_thread_id(); at < rows * k.columns; at += CONSUMERS) {
-                const int row = row_0 + at / k.columns, column = at % k.columns;
-                float sum = 0.f;
-#pragma unroll 1
-                for (int key = first_key(); key < min(first_key() + C::BLOCK_K, k.rows); ++key) {
-                    const u16 bits = ld_global_u16(k.base + key * k.stride + column);
-                    if (!Element::is_finite_value(bits) && mask.keep(row, key))
-                        sum += Element::to_real(bits);
-                }
-                if (sum != 0.f)
-                    red_global_add_f32(
-                        p.dq_accum + (first + row) * C::HEAD_DIM + dq_column(row, column), sum);
-            }
-        });
-    }
-
-    // ---- results ----
-
-    DEV_METHOD void finish() {
-        const Shape& shape = p.shape;
-        if (C::ACCUMULATE_DQ && repair_k) add_back_dq();
-        // Gradients are staged over K and V: both warpgroups are through with all of K.
-        named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-        if (p.dv != nullptr)
-            store<TileV>(p.dv, p.dv_strides, shape.head_dim_v, FLAG_DV_VECTOR, layout.v(), dv,
-                         C::DROPOUT ? dropout::factor_of<float>(p) : 1.f, [&](int head) {
-                             return rows_gmem(p.dout, p.dout_strides, shape.head_dim_v, head);
-                         });
-        if (p.dk != nullptr)
-            store<TileK>(
-                p.dk, p.dk_strides, shape.head_dim, FLAG_DK_VECTOR, layout.k(), dk, shape.scale,
-                [&](int head) { return rows_gmem(p.q, p.q_strides, shape.head_dim, head); });
-    }
-
-    // A gradient times `factor`, by way of this warp's rows of a tile. other(head): the rows whose NaN and inf
-    // were left out of it.
-    template <class Tile, int N8, class Other>
-    DEV_METHOD void store(void* array, const Strides& strides, int columns, int flag, u32 smem,
-                          const Accumulator<1, N8>& gradient, float factor, Other other) {
-        const float factors[1][2] = {{factor, factor}};
-        accumulator_to_shared<Element, Tile>(smem, warp_key(), gradient, factors);
-        __syncwarp();
-        if (repaired)
-            each_repaired([&](int head, int tile) {
-                add_non_finite<Element, Tile, 16>(
-                    smem, warp_key(), other(head), rows_of_tile(tile), factor,
-                    [&](int r, int i) { return mask.keep(i, first_key() + r); });
-            });
-        __syncwarp();
-        const Work work = key_work().work;
-        store_rows<Tile, 16, C::VECTOR_ONLY>(
-            head_rows<u16>(array, strides, work, work.head, p.shape.len_k, columns,
-                           p.shape.flags & flag),
-            smem, warp_key(), first_key());
-    }
 };
 
 }  // namespace backward::sm90
@@ -393,9 +250,11 @@ template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
     const Layout<C> layout(shared_address(shared_memory));
     if (threadIdx.x == 0) {
         layout.init_barriers();
-        KeyWork<C>(p).put(layout.work());
+        KeyWork<C>(p, layout).put();
     }
     __syncthreads();
+    if constexpr (C::PACKED)
+        if (KeyWork<C>(layout).work.batch < 0) return;
     if (threadIdx.x >= CONSUMERS) {
         setmaxnreg_dec<FEED_REGISTERS<C>>();
         if (warp_id() == LOAD_WARP) load_everything<C>(p, layout);
@@ -404,6 +263,6 @@ template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
         setmaxnreg_inc<CONSUMER_REGISTERS<C>>();
         Consumer<C> consumer(p, layout);
         consumer.walk();
-        consumer.finish();
+        consumer.finish(consumer.dk, consumer.dv);
     }
 }

@@ -30,16 +30,20 @@ template <class Tile> DEV void load_slabs(u32 smem, const TensorMap& map, u32 ba
 template <class C> DEV void load_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
     using L = Layout<C>;
     Visit<C::STAGES> visit;
-    KeyWork<C>(layout.work()).each(p, [&](int head, int tile) {
+    KeyWork<C>(layout).each(p, [&](int head, int tile) {
         // Read anew, and elected anew, for there are 24 registers.
-        const KeyWork<C> keys(layout.work());
+        const KeyWork<C> keys(layout);
         const Work& work = keys.work;
+        // Maps know the whole packed arrays: behind a sequence come the rows of the next one.
+        const Sequence here = layout.sequence(p);
         if (visit.number == 0 && elect_one()) {
             mbarrier_arrive_expect(layout.keys_full(), L::TileK::BYTES + L::TileV::BYTES);
             load_slabs<typename L::TileK>(layout.k(), p.k_map, layout.keys_full(), L2_EVICT_FIRST,
-                                          keys.first_key(), MapPlace(p.k_strides, work, work.head));
+                                          here.k_start + keys.first_key(),
+                                          MapPlace(p.k_strides, work, work.head));
             load_slabs<typename L::TileV>(layout.v(), p.v_map, layout.keys_full(), L2_EVICT_FIRST,
-                                          keys.first_key(), MapPlace(p.v_strides, work, work.head));
+                                          here.k_start + keys.first_key(),
+                                          MapPlace(p.v_strides, work, work.head));
         }
         const int query_head = work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
         // In the order in which the consumers release them.
@@ -49,7 +53,7 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
             const u32 barrier = layout.dout_full(visit.stage());
             mbarrier_arrive_expect(barrier, L::TileDout::BYTES);
             load_slabs<typename L::TileDout>(layout.dout(visit.stage()), p.dout_map, barrier,
-                                             L2_EVICT_LAST, row,
+                                             L2_EVICT_LAST, here.q_start + row,
                                              MapPlace(p.dout_strides, work, query_head));
         }
         mbarrier_wait(layout.q_empty(visit.stage()), visit.parity() ^ 1);
@@ -57,14 +61,15 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
             const u32 barrier = layout.q_full(visit.stage());
             mbarrier_arrive_expect(barrier, L::TileQ::BYTES);
             load_slabs<typename L::TileQ>(layout.q(visit.stage()), p.q_map, barrier, L2_EVICT_LAST,
-                                          row, MapPlace(p.q_strides, work, query_head));
+                                          here.q_start + row,
+                                          MapPlace(p.q_strides, work, query_head));
         }
         // Heads begin at any multiple of 4 bytes in the statistics: too few for a bulk copy.
-        const i64 first = statistics_row<C>(p, work, query_head) + row;
+        const i64 first = ::statistics_row<C>(p, work, query_head) + here.q_start + row;
 #pragma unroll 2
         for (int r = lane_id(); r < C::BLOCK_Q; r += 32) {
             // A row past the end has P = exp2(s - inf) = 0.
-            const bool exists = row + r < p.shape.len_q;
+            const bool exists = row + r < here.q_len;
             const u32 to = layout.lse_log2(visit.stage()) + 4 * r;
             st_shared_f32(to, exists ? ld_global_f32((const float*)p.lse_log2 + first + r)
                                      : positive_infinity());
@@ -89,28 +94,29 @@ template <class C> DEV u32 turn_of(const BackwardParams& p, const KeyWork<C>& ke
 // dq_accum += the tiles of dQ that the consumers leave in shared memory.
 template <class C>
 DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
-    const KeyWork<C> keys(layout.work());
     if (!elect_one()) return;
     Visit<C::STAGES> visit;
-    keys.each(p, [&](int head, int tile) {
+    KeyWork<C>(layout).each(p, [&](int head, int tile) {
+        // Read anew, for there are 24 registers.
+        const KeyWork<C> keys(layout);
+        const Sequence here = layout.sequence(p);
         const int query_head = keys.work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
-        const i64 first = statistics_row<C>(p, keys.work, query_head);
-        const int rows = min(C::BLOCK_Q, p.shape.len_q - row);
+        const i64 first = ::statistics_row<C>(p, keys.work, query_head) + here.q_start + row;
+        const int rows = min(C::BLOCK_Q, here.q_len - row);
         mbarrier_wait(layout.dq_full(), visit.dq_parity());
         visit.advance();
         u32* counter = nullptr;
         u32 turn = 0;
         if constexpr (C::TURNS) {
-            const int counters = (p.shape.len_q - 1) / TURN_ROWS + 1;
-            const i64 flat_head = (i64)keys.work.batch * p.shape.heads + query_head;
-            counter = p.dq_turns + flat_head * counters + row / TURN_ROWS;
+            // Cumulative lengths that contradict themselves leave out blocks; nothing is promised then.
+            const bool waits = !C::PACKED || !packed::is_bad(p.options);
+            counter = p.dq_turns + turn_place<C>(p, keys.work.batch, query_head, here.q_start, row);
             turn = turn_of<C>(p, keys, keys.mask(p, head), tile);
-            while (ld_acquire_global(counter) != turn) {
+            while (waits && ld_acquire_global(counter) != turn) {
             }
             fence_proxy_async_global();
         }
-        bulk_reduce_add_f32(p.dq_accum + (first + row) * C::HEAD_DIM, layout.dq(),
-                            rows * C::HEAD_DIM * 4);
+        bulk_reduce_add_f32(p.dq_accum + first * C::HEAD_DIM, layout.dq(), rows * C::HEAD_DIM * 4);
         bulk_commit();
         bulk_wait_read<0>();
         mbarrier_arrive(layout.dq_empty());

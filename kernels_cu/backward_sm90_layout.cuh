@@ -45,8 +45,9 @@ template <class C> struct Layout {
     static constexpr int STATISTICS = DQ + DQ_BYTES;
     static constexpr int BARRIERS = STATISTICS + C::STAGES * STATISTICS_BYTES;
     static constexpr int WORK = BARRIERS + (4 + 4 * C::STAGES) * 8;
-    static constexpr int ALIGNMENT = 1024;  // of slabs; dynamic shared memory begins anywhere
-    static constexpr int BYTES = WORK + 48 + ALIGNMENT;
+    static constexpr int ALIGNMENT = 1024;      // of slabs; dynamic shared memory begins anywhere
+    static constexpr int SEQUENCE = WORK + 48;  // of packed sequences
+    static constexpr int BYTES = SEQUENCE + 32 + ALIGNMENT;
     static_assert(BYTES == C::SHARED_BYTES,
                   "_candidates_backward_sm90.shared_bytes disagrees with the layout");
 
@@ -64,6 +65,33 @@ template <class C> struct Layout {
     static constexpr int DELTA = C::BLOCK_Q * 4;  // delta lies this far behind lse_log2
 
     DEV_METHOD u32 work() const { return base + WORK; }
+
+    // Rows, lengths, band and offset of the block's packed sequence, or of the call. They are read anew wherever
+    // they are needed, like all of the block's work.
+    DEV_METHOD void put(const Sequence& here, const Shape& shape) const {
+        st_shared_v4(base + SEQUENCE,
+                     make_uint4(here.q_start, here.q_len, here.k_start, here.k_len));
+        st_shared_v4(base + SEQUENCE + 16,
+                     make_uint4(shape.band_low, shape.band_high, shape.q_offset, 0));
+    }
+    DEV_METHOD Sequence sequence(const BackwardParams& p) const {
+        if constexpr (!C::PACKED) return {0, p.shape.len_q, 0, p.shape.len_k};
+        const uint4 x = ld_shared_v4(base + SEQUENCE);
+        return {(int)x.x, (int)x.y, (int)x.z, (int)x.w};
+    }
+    DEV_METHOD mask::Band band(const BackwardParams& p) const {
+        mask::Band band(p.shape);
+        if constexpr (C::PACKED) {
+            const uint4 lengths = ld_shared_v4(base + SEQUENCE);
+            const uint4 bounds = ld_shared_v4(base + SEQUENCE + 16);
+            band.low = bounds.x, band.high = bounds.y;
+            band.len_q = lengths.y, band.len_k = lengths.w;
+        }
+        return band;
+    }
+    DEV_METHOD int q_offset(const BackwardParams& p) const {
+        return C::PACKED ? (int)ld_shared_u32(base + SEQUENCE + 24) : p.shape.q_offset;
+    }
     DEV_METHOD u32 barrier(int n) const { return base + BARRIERS + 8 * n; }
     DEV_METHOD u32 keys_full() const { return barrier(0); }
     DEV_METHOD u32 dq_full() const { return barrier(1); }
@@ -106,21 +134,57 @@ template <int STAGES> struct Visit {
 // undoes it (C::DQ_PERMUTED).
 DEV int dq_column(int row, int column) { return column ^ (row & 3) << 3; }
 
+// The band of a mask is the sequence's.
+DEV void set_band(mask::Band& mask, const mask::Band& band) { mask = band; }
+template <class Source> DEV void set_band(mask::Mapped<Source>& mask, const mask::Band& band) {
+    mask.band = band;
+}
+
+// Queries of a tile whose scores are formed together: as many as leave registers for what is done to them.
+template <class Score> constexpr int QUERIES_OF_SCORE = 128;
+template <class Element, bool HAS_BIAS, class Modifier>
+constexpr int QUERIES_OF_SCORE<score::General<Element, HAS_BIAS, Modifier>> =
+    Modifier::CHANGES ? 32 : 64;
+template <class C> constexpr bool PLAIN_SCORES =
+    C::Score::FOLDED && !C::DROPOUT && C::Mask::CONTIGUOUS;
+template <class C> constexpr int QUERIES_AT_ONCE =
+    QUERIES_OF_SCORE<typename C::Score> < C::BLOCK_Q ? QUERIES_OF_SCORE<typename C::Score>
+    : C::BLOCK_Q == 128 && !PLAIN_SCORES<C>          ? 64
+                                                     : C::BLOCK_Q;
+
+// A score's offset, too: ALiBi counts positions inside the sequence.
+template <class Real> DEV void set_offset(score::Linear<Real>&, int) {}
+template <class Real> DEV void set_offset(score::Shaped<Real>& score, int offset) {
+    score.q_offset = offset;
+}
+template <class Element, bool HAS_BIAS, class Modifier>
+DEV void set_offset(score::General<Element, HAS_BIAS, Modifier>& score, int offset) {
+    score.shaped.q_offset = offset;
+}
+
 // The block's key tile, and the tiles of queries that see it: for every query head of the group.
 template <class C> struct KeyWork {
     using Mask = typename C::Mask;
-    Work work;
-    Range tiles;
-
-    DEV_METHOD explicit KeyWork(const BackwardParams& p) : work(decode<C>(p, p.shape.heads_kv)) {
-        const Range rows = mask(p, 0).rows(keys());
-        tiles = rows.empty() ? Range{0, 0}
-                             : Range{rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
-    }
+    const Layout<C> layout;
+    Work work;  // packed sequences: batch is -1 where there is none for this block
+    Range tiles = {0, 0};
 
     // It takes a dozen divisions: one thread works it out, the others read it from shared memory, whenever they
     // need it, for it is not worth registers.
-    DEV_METHOD explicit KeyWork(u32 smem) {
+    DEV_METHOD KeyWork(const BackwardParams& p, const Layout<C>& place)
+        : layout(place), work(decode<C>(p, p.shape.heads_kv)) {
+        Shape shape = p.shape;
+        if constexpr (C::PACKED) {
+            if (work.batch < 0) return;
+            const Sequence here = packed::sequence(p.options, work.batch);
+            packed::enter(shape, here);
+            layout.put(here, shape);
+        }
+        const Range rows = mask::Band(shape).rows(keys());
+        if (!rows.empty()) tiles = {rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
+    }
+    DEV_METHOD explicit KeyWork(const Layout<C>& place) : layout(place) {
+        const u32 smem = layout.work();
         const uint4 a = ld_shared_v4(smem), b = ld_shared_v4(smem + 16);
         work.tile = a.x, work.batch = a.y, work.head = a.z;
         work.batch_index[0] = b.x, work.batch_index[1] = b.y;
@@ -128,8 +192,9 @@ template <class C> struct KeyWork {
         const float2 range = ld_shared_f32x2(smem + 32);
         tiles = {__float_as_int(range.x), __float_as_int(range.y)};
     }
-    DEV_METHOD void put(u32 smem) const {
+    DEV_METHOD void put() const {
         static_assert(MAX_BATCH_AXES == 4, "one word each");
+        const u32 smem = layout.work();
         st_shared_v4(smem, make_uint4(work.tile, work.batch, work.head, 0));
         st_shared_v4(smem + 16, make_uint4(work.batch_index[0], work.batch_index[1],
                                            work.batch_index[2], work.batch_index[3]));
@@ -139,7 +204,13 @@ template <class C> struct KeyWork {
     DEV_METHOD int first_key() const { return work.tile * C::BLOCK_K; }
     DEV_METHOD Range keys() const { return {first_key(), first_key() + C::BLOCK_K}; }
     DEV_METHOD Mask mask(const BackwardParams& p, int head) const {
-        return Mask(p, work, work.head * p.shape.group + head);
+        Mask made(p, work, work.head * p.shape.group + head);
+        if constexpr (C::PACKED) set_band(made, layout.band(p));
+        return made;
+    }
+    // A head's first row in the statistics and in dq_accum.
+    DEV_METHOD i64 statistics_row(const BackwardParams& p, int query_head) const {
+        return ::statistics_row<C>(p, work, query_head) + layout.sequence(p).q_start;
     }
     // visit(head, tile) for each.
     template <class Visit> DEV_METHOD void each(const BackwardParams& p, Visit visit) const {

@@ -19,6 +19,7 @@ ARCH = "sm_90a"
 # Tiles have 128 keys and 64 queries, or 128 queries at head dims up to 64.
 BASE = Case(batch=(), heads=1, heads_kv=1)
 HEAD_DIMS = {
+    24: replace(BASE, len_q=130, len_k=150, causal=True),
     40: replace(BASE, len_q=129, len_k=257, causal=True),
     64: replace(BASE, heads=3, len_q=257, len_k=200, causal=True),
     80: replace(BASE, len_q=127, len_k=290, window=(64, 65)),
@@ -90,6 +91,10 @@ MORE_OPTION_CASES = [
     replace(OPTION, bias="1k", bias_dtype="float32", bias_inf=True, head_dim=128),
     replace(OPTION, dropout=0.1, head_dim=128, causal=True),
     replace(OPTION, sinks="own", head_dim=96),
+    replace(OPTION, score_mod="table", causal=True),
+    replace(OPTION, score_mod="gates", head_dim=128),
+    replace(OPTION, score_mod="curved", head_dim=16, mask="blocks", block=(32, 48)),
+    replace(OPTION, score_mod="branch", bias="1k", head_dim=128, dropout=0.2),
 ]
 
 
@@ -109,6 +114,14 @@ def test_options_pass_rule_t_in_two_schedules(case: Case) -> None:
         passes = [n for n in kernels(machine) if n.startswith("backward_dq_")]
         assert len(passes) == (deterministic and case.mask is not None)
         assert passes or ("turns" if deterministic else "accumulate") in name
+
+
+def test_a_score_expression_passes_rule_t_in_three_schedules() -> None:
+    case = replace(OPTION, score_mod="relative", head_dim=96, causal=True)
+    for seed in (0, 1, 2):
+        with Emulator(ARCH, seed=seed) as machine:
+            check(machine, case)
+        assert "accumulate_general_mod" in hopper_kernels(machine)[0]
 
 
 @pytest.mark.parametrize("case", [HEAD_DIMS[64], HEAD_DIMS[128], SHAPED[1]], ids=str)
@@ -182,14 +195,19 @@ def test_rows_inside_wider_ones_and_gradients_of_any_strides() -> None:
         assert all(np.isnan(x.base[:, :, 60:].astype(float)).all() for x in buffers.values())
 
 
+def test_explain_counts_the_workspace_of_turns() -> None:
+    q = np.ones((2, 70, 64), np.float16)
+    with Emulator(ARCH):
+        text = cuflash.explain(q, q, q, backward=True, deterministic=True).text
+    assert "workspace dq_turns (2, 3) uint32" in text
+
+
 REFUSED = {
-    "32": "head dims 32 and 32 are not in 33 to 128",
-    "192": "head dims 192 and 192 are not in 33 to 128",
+    "192": "head dims 192 and 192 are not both up to 128",
     "float32": "float32 is not one of float16, bfloat16",
     "odd rows": "rows of k do not begin on 16-byte boundaries",
     "one row": "rows of k are all the same one",
     "axes": "3 separate batch axes, tensor maps have room for 2",
-    "expression": "does not take a score expression",
     "wrt": "neither the gradient of k nor of v is wanted",
 }
 
@@ -206,8 +224,6 @@ def test_what_is_refused_is_named_and_runs_on_the_portable_family(what: str) -> 
         k = np.broadcast_to(k[:, :1], k.shape)
     elif what == "axes":
         q, k, v = (np.ones((3, 5, 4, 2, 20, dim), dtype)[::2, ::2, ::2] for _ in range(3))
-    elif what == "expression":
-        options["score_mod"] = cuflash.ScoreMod("s + 1")
     elif what == "wrt":
         options["wrt"] = ("q",)
     with Emulator(ARCH):

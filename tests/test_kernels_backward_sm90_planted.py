@@ -96,7 +96,7 @@ MISTAKES = {
         "without fence.proxy.async",
     ),
     "fence of repairs": (
-        CONSUMER,
+        "backward_sm90_results.cuh",
         "fence_proxy_async();\n        repaired |=",
         "repaired |=",
         AsyncMisuse,
