@@ -151,7 +151,9 @@ class GpuRunner:
             source = unit_source([f for f in self._forms if f.group == group])
             capability = cupy.cuda.Device().compute_capability
             arch = capability + ("a" if architecture(group).endswith("a") else "")
-            cubin = Nvrtc().cubin(source, f"sm_{arch}", OPTIONS, name=f"{group}.cu")
+            # Of CuPy's own generation, which the driver serves: there may be no other.
+            compiler = Nvrtc(cupy.cuda.driver.get_build_version() // 1000)
+            cubin = compiler.cubin(source, f"sm_{arch}", OPTIONS, name=f"{group}.cu")
             self._modules[group] = cupy.cuda.function.Module()
             self._modules[group].load(cubin)
         return self._modules[group]
@@ -202,7 +204,7 @@ def encode_tensor_map(pointer: int, m: MapOf) -> np.ndarray:
     """
     rank = len(m.dims)
     space = (ctypes.c_uint64 * 32)()
-    address = -(-ctypes.addressof(space) // 64) * 64  # the driver wants 64-byte alignment
+    address = -(-ctypes.addressof(space) // 128) * 128  # what cuda.h of CUDA 13 declares; 64 before
     encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
     status = encode(
         ctypes.c_void_p(address),
