@@ -1,6 +1,6 @@
 """`python -m cuflash`: what this machine has, and proof that attention works on it.
 
-The exit status is 0 when every check passed, 1 when one failed.
+The exit status is 0 when every check passed, 1 when one failed or could not be made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m cuflash",
         description="State what cuflash found on this machine, then run attention forward and "
         "backward, check it against float64 and time it beside the plain formula.",
-        epilog="Exit status: 0 when every check passed, 1 when one failed.",
+        epilog="Exit status: 0 when every check passed, 1 when one failed or could not be made.",
     )
     parser.add_argument("--quick", action="store_true", help="short sequences: a second or two")
     parser.add_argument("--config", action="store_true", help="only state what was found")
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(show_config(), flush=True)
     if options.config:
         return 0
+    if reason := _selfcheck.missing():
+        print(f"\n{reason}", file=sys.stderr)
+        return 1
     start = time.perf_counter()
     failed = 0
     for item in _selfcheck.run(options.quick):

@@ -102,6 +102,27 @@ def cases(quick: bool) -> list[Case]:
     return [Case(*sizes, dtype, causal) for causal in (False, True)]
 
 
+def missing() -> str | None:
+    """Why nothing can be compared with on this machine, if so: CuPy's own products are cuBLAS's."""
+    cupy, _ = cupy_or_reason()
+    if cupy is None:
+        return None
+    try:
+        _ = cupy.ones((1, 1)) @ cupy.ones((1, 1))
+    except ImportError as error:
+        name = "nvidia-cublas" + ("-cu12" if runtime_generation(cupy) == 12 else "")
+        return (
+            "The check compares with CuPy's own matrix products, and those need cuBLAS "
+            f"(cuflash does not): pip install {name}\n  {str(error).splitlines()[0]}"
+        )
+    return None
+
+
+def runtime_generation(cupy: Any) -> int:
+    """12 or 13: which CUDA this CuPy was built for."""
+    return cupy.cuda.driver.get_build_version() // 1000
+
+
 def run(quick: bool) -> Iterator[Case | Row]:
     """Each case, then its rows, with a progress bar on standard error."""
     cupy, _ = cupy_or_reason()

@@ -24,6 +24,8 @@ PACKAGES = (
     "nvidia-cuda-nvrtc",
     "nvidia-cuda-runtime-cu12",
     "nvidia-cuda-runtime",
+    "nvidia-cublas-cu12",
+    "nvidia-cublas",
 )
 
 

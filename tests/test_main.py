@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,23 @@ def test_a_wrong_result_fails(
     monkeypatch.setattr(_selfcheck, "cupy_or_reason", lambda: (None, "not in this test"))
     assert main(["--quick"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_products_without_cublas_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """CuPy imports without cuBLAS, and fails at its first matrix product."""
+
+    class NoProducts:
+        def __matmul__(self, other: object) -> None:
+            raise ImportError('Failure finding "libcublasLt.so.12"\n  a long list of folders')
+
+    driver = SimpleNamespace(get_build_version=lambda: 12090)
+    cupy = SimpleNamespace(ones=lambda shape: NoProducts(), cuda=SimpleNamespace(driver=driver))
+    monkeypatch.setattr(_selfcheck, "cupy_or_reason", lambda: (cupy, None))
+    assert main(["--quick"]) == 1
+    text = capsys.readouterr().err
+    assert "pip install nvidia-cublas-cu12" in text and "long list" not in text
 
 
 def test_plain_formula_without_memory_is_said(capsys: pytest.CaptureFixture[str]) -> None:
