@@ -112,14 +112,14 @@ class BackwardSm90(Backward):
     def _listed(self, element: str, dims: tuple[int, int]) -> Iterator[Specialization]:
         """Every variant of one size that tests compile."""
         variants = [v.without_sinks() for v in listed_variants(element, dims)]
+        converts: dict[Specialization, None] = {}  # variants share them
         for variant in dict.fromkeys(variants):
             for gathers, turns in ((True, False), (True, True), (False, False)):
                 if not (turns and variant.mask):
                     yield self.key_kernel(element, dims, variant, gathers, turns)
-            if variant.plain:
-                yield self.specialization(
-                    "backward_convert", ARCH, element, dims, variant, permuted=True
-                )
+            of_dims = ("backward_convert", ARCH, element, dims, variant)
+            converts[self.specialization(*of_dims, permuted=True)] = None
+        yield from converts
 
 
 def _refused_memory(problem: Problem) -> list[str]:
