@@ -225,9 +225,9 @@ class _Planner:
         if kernels.convert:
             self.workspace("dq_accum", self.rows, kernels.convert.head_dim)
         if kernels.dkdv and dict(kernels.dkdv.constants).get("TURNS"):
-            # A counter per block of backward_prepare, which resets it.
-            blocks = self.launches[0].schedule.tiles
-            self.scratch.append(Scratch("dq_turns", (self.heads, blocks), "uint32"))
+            # A counter of blocks, and one per block of backward_prepare, which resets them.
+            blocks = self.heads * self.launches[0].schedule.tiles
+            self.scratch.append(Scratch("dq_turns", (1 + blocks,), "uint32"))
         if kernels.dkdv:
             # Seen from the keys the band is mirrored: early keys are seen by most rows under a
             # right bound.

@@ -111,6 +111,8 @@ template <class C> DEV void prepare_rows(const BackwardParams& p) {
 }  // namespace backward
 
 template <class C> __device__ void backward_prepare(const BackwardParams& params) {
+    if (params.dq_turns != nullptr && fresh_block_id() == 0 && threadIdx.x == 0)
+        params.dq_turns[0] = 0;
     backward::with_sequence<C>(params, params.shape.heads,
                                [&](const BackwardParams& p) { backward::prepare_rows<C>(p); });
 }

@@ -6,7 +6,7 @@
 //   dQ = dS K                     dS^T of both warpgroups through shared memory; added to dq_accum
 //
 // Grid: batch * heads_kv * schedule.tiles blocks, schedule.tiles = ceil(len_k / BLOCK_K). p.dk or
-// p.dv may be null. C::TURNS: blocks add to a tile of dQ in the order of their ids, so that its
+// p.dv may be null. C::TURNS: blocks add to a tile of dQ in the order of their numbers, so that its
 // bits are the same in every run.
 #pragma once
 

@@ -82,7 +82,7 @@ template <class C> DEV void load_everything(const BackwardSm90Params& p, const L
     });
 }
 
-// Which of the blocks that add to a tile of dQ is this one, in the order of their ids? Those before it
+// Which of the blocks that add to a tile of dQ is this one, in the order of their numbers? Those before it
 // started before it, so that waiting for them ends. Only under a band are they known without asking.
 template <class C> DEV u32 turn_of(const BackwardParams& p, const KeyWork<C>& keys,
                                    const typename C::Mask& mask, int tile) {

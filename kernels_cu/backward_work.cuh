@@ -33,15 +33,16 @@ template <class C> DEV i64 slope_place(const BackwardParams& p) {
 // Blocks that take turns in adding to dQ count them per so many rows, for which backward_prepare has one block.
 constexpr int TURN_ROWS = 32;
 // The counter of a row: [B, H, ceil(len_q / TURN_ROWS)], or [H, total_q / TURN_ROWS + sequences], where those of
-// sequence n begin at q_start / TURN_ROWS + n, always behind those of the one before.
+// sequence n begin at q_start / TURN_ROWS + n, always behind those of the one before. In front of them, at 0, is the
+// number of blocks that have started.
 template <class C>
 DEV i64 turn_place(const BackwardParams& p, int batch, int head, int q_start, int row) {
     if constexpr (C::PACKED) {
         const i64 counters = p.values.packed.total_q / TURN_ROWS + p.shape.batch;
-        return head * counters + q_start / TURN_ROWS + batch + row / TURN_ROWS;
+        return 1 + head * counters + q_start / TURN_ROWS + batch + row / TURN_ROWS;
     } else {
         const int counters = (p.shape.len_q - 1) / TURN_ROWS + 1;
-        return ((i64)batch * p.shape.heads + head) * counters + row / TURN_ROWS;
+        return 1 + ((i64)batch * p.shape.heads + head) * counters + row / TURN_ROWS;
     }
 }
 

@@ -19,6 +19,15 @@ DEV void st_release_global(u32* gmem, u32 x) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(global_address(gmem)), "r"(x)
                  : "memory");
 }
+// *gmem += x; what it was before.
+DEV u32 atom_add_global(u32* gmem, u32 x) {
+    u32 before;
+    asm volatile("atom.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(global_address(gmem)), "r"(x)
+                 : "memory");
+    return before;
+}
 DEV void st_shared_f32x2(u32 smem, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(smem), "f"(x), "f"(y) : "memory");
 }
