@@ -97,6 +97,8 @@ def install(machine: Machine) -> None:
 
 def _redirect_cuflash() -> None:
     """PTX instead of cubins, and tensor maps in the emulator's encoding."""
+    from cupy_backends.cuda.api import driver
+
     from cuflash import _compile, _tensor_maps
 
     from . import device
@@ -116,7 +118,9 @@ def _redirect_cuflash() -> None:
         ctypes.memmove(out, text, len(text))
         return 0
 
-    _compile.build = lambda spec: device.ptx(spec).encode()
+    # By the generation of NVRTC that this CuPy would use.
+    major = driver.get_build_version() // 1000
+    _compile.build = lambda spec: device.ptx(spec, major).encode()
     _tensor_maps._driver_function = lambda: encode
 
 
