@@ -140,17 +140,17 @@ template <class Source> DEV void set_band(mask::Mapped<Source>& mask, const mask
     mask.band = band;
 }
 
-// Queries of a tile whose scores are formed together: as many as leave registers for what is done to them.
-template <class Score> constexpr int QUERIES_OF_SCORE = 128;
+// What is done to scores, as a number of things that take registers.
+template <class Score> constexpr int SCORE_BURDEN = Score::FOLDED ? 0 : 1;
 template <class Element, bool HAS_BIAS, class Modifier>
-constexpr int QUERIES_OF_SCORE<score::General<Element, HAS_BIAS, Modifier>> =
-    Modifier::CHANGES ? 32 : 64;
-template <class C> constexpr bool PLAIN_SCORES =
-    C::Score::FOLDED && !C::DROPOUT && C::Mask::CONTIGUOUS;
-template <class C> constexpr int QUERIES_AT_ONCE =
-    QUERIES_OF_SCORE<typename C::Score> < C::BLOCK_Q ? QUERIES_OF_SCORE<typename C::Score>
-    : C::BLOCK_Q == 128 && !PLAIN_SCORES<C>          ? 64
-                                                     : C::BLOCK_Q;
+constexpr int SCORE_BURDEN<score::General<Element, HAS_BIAS, Modifier>> = Modifier::CHANGES ? 3 : 2;
+template <class C> constexpr int BURDEN =
+    SCORE_BURDEN<typename C::Score> + C::DROPOUT + !C::Mask::CONTIGUOUS + C::PACKED;
+// Queries of a tile whose scores are formed together: as many as leave registers for the rest.
+template <class C> constexpr int QUERIES_AT_ONCE = BURDEN<C> >= 3 ? 32
+                                                   : C::BLOCK_Q == 128 && BURDEN<C> - C::PACKED > 0
+                                                       ? 64
+                                                       : C::BLOCK_Q;
 
 // A score's offset, too: ALiBi counts positions inside the sequence.
 template <class Real> DEV void set_offset(score::Linear<Real>&, int) {}
@@ -172,7 +172,7 @@ template <class C> struct KeyWork {
     // It takes a dozen divisions: one thread works it out, the others read it from shared memory, whenever they
     // need it, for it is not worth registers.
     DEV_METHOD KeyWork(const BackwardParams& p, const Layout<C>& place)
-        : layout(place), work(decode<C>(p, p.shape.heads_kv, number_of_block(p))) {
+        : layout(place), work(decode<C>(p, p.shape.heads_kv)) {
         Shape shape = p.shape;
         if constexpr (C::PACKED) {
             if (work.batch < 0) return;
@@ -182,11 +182,6 @@ template <class C> struct KeyWork {
         }
         const Range rows = mask::Band(shape).rows(keys());
         if (!rows.empty()) tiles = {rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
-    }
-    // Blocks that wait for those before them are numbered as they start: hardware does not promise to start them in
-    // the order of their ids.
-    DEV u32 number_of_block(const BackwardParams& p) {
-        return C::TURNS ? atom_add_global(p.dq_turns, 1) : fresh_block_id();
     }
     DEV_METHOD explicit KeyWork(const Layout<C>& place) : layout(place) {
         const u32 smem = layout.work();
