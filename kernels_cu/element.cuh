@@ -3,6 +3,7 @@
 // mean. 16-bit data move as u16 and u32 (two elements, the lower index in the lower half).
 #pragma once
 
+#include "ptx_matrix.cuh"
 #include "real.cuh"
 
 // Element concept:
