@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cuflash import _arrays, _checks, _cpu, _dtypes
+from cuflash import _array_checks, _arrays, _cpu, _dtypes
 from cuflash._arrays import Meta
 from cuflash._errors import Seen, kind_of, shown_dtype
 
@@ -129,15 +129,15 @@ def _check(
     for name, meta in metas.items():
         is_lse = name.startswith("lses")
         shape, dtype = (first.shape[:-1], row.lse) if is_lse else (first.shape, row.numpy)
-        _checks.matches(name, meta, shape, dtype, seen)
+        _array_checks.matches(name, meta, shape, dtype, seen)
         if on_device:
-            _checks.addressable(name, meta, seen)
+            _array_checks.addressable(name, meta, seen)
     if target is None:
         return
     meta = Meta(*_arrays.signature(target, on_device))
-    _checks.output("out", meta, first.shape, row.numpy, seen)
+    _array_checks.output("out", meta, first.shape, row.numpy, seen)
     if on_device:
-        _checks.addressable("out", meta, seen)
+        _array_checks.addressable("out", meta, seen)
     at = _arrays.address_of(target)
     for name, array in zip(names, (*outs, *lses), strict=True):
         # Written where it was read, element by element, is fine; anything else may be overwritten

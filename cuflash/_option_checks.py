@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _checks
+from cuflash import _array_checks, _checks
 from cuflash._arrays import Meta
 from cuflash._errors import Seen, shown_dtype
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
-def pair_shape(sizes: _checks.Extents, rank: int) -> tuple[int, ...]:
+def pair_shape(sizes: _array_checks.Extents, rank: int) -> tuple[int, ...]:
     """(*B, H, Lq, Lk), or (Lq, Lk) for a call without heads."""
     shape = (*sizes.batch, sizes.heads, sizes.len_q, sizes.len_k)
     return shape[-2:] if rank == 2 else shape

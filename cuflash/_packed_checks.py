@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _checks
+from cuflash import _array_checks, _checks
 from cuflash._arrays import Meta
 from cuflash._errors import Seen, shown_dtype
 
@@ -17,10 +17,10 @@ SIDES = ("q", "k")
 def extents(
     arrays: Mapping[str, Meta],
     options: Mapping[str, Any],
-    sizes: _checks.Extents,
+    sizes: _array_checks.Extents,
     rank: int,
     seen: Seen,
-) -> _checks.Extents:
+) -> _array_checks.Extents:
     """The extents that options are about, from those of the packed arrays: the batch is the number of
     sequences, the lengths are bounds.
     """

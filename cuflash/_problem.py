@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cuflash import _checks, _dtypes, _option_checks, _packed_checks
+from cuflash import _array_checks, _checks, _dtypes, _option_checks, _packed_checks
 from cuflash._arrangement import Arrangement
 from cuflash._extras import NOTHING, Extra
 
@@ -204,10 +204,10 @@ class Problem:
         """
         layout = _checks.layout(options["layout"], seen)
         _checks.flag("return_lse", options.get("return_lse", False), seen)
-        dtype = _checks.dtype(arrays, seen)
-        view = Arrangement(_checks.ranks(arrays, seen), layout)
+        dtype = _array_checks.dtype(arrays, seen)
+        view = Arrangement(_array_checks.ranks(arrays, seen), layout)
         q, k, v = (view.standard_meta(arrays[name]) for name in ("q", "k", "v"))
-        sizes = _checks.extents(q, k, v, seen)
+        sizes = _array_checks.extents(q, k, v, seen)
         left, right = _checks.band(options["causal"], options["window"], seen)
         offset = options["q_offset"]
         if offset is not None:
@@ -221,7 +221,7 @@ class Problem:
         elif offset is None:
             offset = sizes.len_k - sizes.len_q
         if "alibi_slopes" in arrays:
-            _checks.slopes(arrays["alibi_slopes"], call, row.numpy, view.rank, seen)
+            _array_checks.slopes(arrays["alibi_slopes"], call, row.numpy, view.rank, seen)
         problem = cls(
             direction=direction,
             dtype=dtype,
@@ -249,7 +249,7 @@ class Problem:
             _check_backward(arrays, sizes, view, row, problem.wrt, seen)
         if on_device:
             for name, meta in arrays.items():
-                _checks.addressable(name, meta, seen)
+                _array_checks.addressable(name, meta, seen)
         return problem
 
 
@@ -268,7 +268,7 @@ def _option_facts(
     arrays: Mapping[str, Meta],
     options: Mapping[str, Any],
     extra: Extra,
-    sizes: _checks.Extents,
+    sizes: _array_checks.Extents,
     rank: int,
     row: _dtypes.Dtype,
     seen: Seen,
@@ -305,29 +305,31 @@ def _option_facts(
 
 def _check_forward(
     arrays: Mapping[str, Meta],
-    sizes: _checks.Extents,
+    sizes: _array_checks.Extents,
     view: Arrangement,
     row: _dtypes.Dtype,
     seen: Seen,
 ) -> None:
     if "out" in arrays:
-        _checks.output("out", arrays["out"], view.shape(sizes.shape_of("out")), row.numpy, seen)
+        _array_checks.output(
+            "out", arrays["out"], view.shape(sizes.shape_of("out")), row.numpy, seen
+        )
 
 
 def _check_backward(
     arrays: Mapping[str, Meta],
-    sizes: _checks.Extents,
+    sizes: _array_checks.Extents,
     view: Arrangement,
     row: _dtypes.Dtype,
     wrt: tuple[str, ...],
     seen: Seen,
 ) -> None:
     for name in ("dout", "out"):
-        _checks.matches(name, arrays[name], view.shape(sizes.shape_of(name)), row.numpy, seen)
+        _array_checks.matches(name, arrays[name], view.shape(sizes.shape_of(name)), row.numpy, seen)
     for name in ("lse", "dlse"):
         if name in arrays:
             shape = view.shape(sizes.shape_of(name), rows=True)
-            _checks.matches(name, arrays[name], shape, row.lse, seen)
+            _array_checks.matches(name, arrays[name], shape, row.lse, seen)
     for name, of in GRADIENT_BUFFERS.items():
         if name not in arrays:
             continue
@@ -337,4 +339,4 @@ def _check_backward(
                 f"{name} was given, and wrt does not name {of!r}.",
                 f"add {of!r} to wrt, or drop {name}=.",
             )
-        _checks.output(name, arrays[name], arrays[of].shape, arrays[of].dtype, seen)
+        _array_checks.output(name, arrays[name], arrays[of].shape, arrays[of].dtype, seen)
