@@ -172,7 +172,7 @@ template <class C> struct KeyWork {
     // It takes a dozen divisions: one thread works it out, the others read it from shared memory, whenever they
     // need it, for it is not worth registers.
     DEV_METHOD KeyWork(const BackwardParams& p, const Layout<C>& place)
-        : layout(place), work(decode<C>(p, p.shape.heads_kv)) {
+        : layout(place), work(decode<C>(p, p.shape.heads_kv, number_of_block(p))) {
         Shape shape = p.shape;
         if constexpr (C::PACKED) {
             if (work.batch < 0) return;
@@ -182,6 +182,11 @@ template <class C> struct KeyWork {
         }
         const Range rows = mask::Band(shape).rows(keys());
         if (!rows.empty()) tiles = {rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
+    }
+    // Blocks that wait for those before them are numbered as they start: hardware does not promise to start them in
+    // the order of their ids.
+    DEV u32 number_of_block(const BackwardParams& p) {
+        return C::TURNS ? atom_add_global(p.dq_turns, 1) : fresh_block_id();
     }
     DEV_METHOD explicit KeyWork(const Layout<C>& place) : layout(place) {
         const u32 smem = layout.work();
