@@ -68,12 +68,14 @@ constexpr int BARRIER_TURN = 1, BARRIER_GROUP = 4;  // + group
 // Calls step(p, work, number of the tile of queries among those of this block) for every piece of work
 // of this block. p: the call's params, or those of the sequence.
 template <class C, class Step> DEV void each_work(const ForwardSm90Params& p, Step step) {
-    const unsigned count =
-        (unsigned)p.schedule.tiles * p.shape.heads * (C::PACKED ? 1 : p.shape.batch);
+    // Made anew where it is asked for: warps that copy have no register for it.
+    const auto count = [&] {
+        return opaque((u32)p.schedule.tiles) * p.shape.heads * (C::PACKED ? 1 : p.shape.batch);
+    };
     unsigned n = 0;
-    for (unsigned turn = 0; turn * gridDim.x < count; ++turn) {
+    for (unsigned turn = 0; turn * gridDim.x < count(); ++turn) {
         const unsigned number = work_number(turn, fresh_block_id(), gridDim.x);
-        if (number >= count) continue;
+        if (number >= count()) continue;
         const Work work = decode<C>(p, p.shape.heads, number);
         if constexpr (C::PACKED) {
             if (work.batch < 0) continue;
@@ -143,6 +145,28 @@ DEV bool leaks(const ForwardParams& p, const typename C::Mask& mask, Range rows,
     return mask.isolates(rows, keys, tile) || (C::PACKED && keys.end > p.shape.len_k);
 }
 
+// Replaces infinities and NaNs of a whole tile by zeros, in the order of memory: fewer registers than by rows and
+// columns (finite.cuh), of which these warps have 24. THREADS threads, this one is number `thread`.
+template <class Element, class Tile, int THREADS>
+DEV bool clear_non_finite(u32 smem, unsigned thread) {
+    bool found = false;
+#pragma unroll 1
+    for (u32 at = smem + 16 * thread; at < smem + Tile::BYTES; at += 16 * THREADS) {
+        uint4 chunk = ld_shared_v4(at);
+        u32 changed = 0u;
+        const auto clear = [&](u32& pair) {
+            const u32 clean = finite_or_zero<Element>(pair);
+            changed |= pair ^ clean;
+            pair = clean;
+        };
+        clear(chunk.x), clear(chunk.y), clear(chunk.z), clear(chunk.w);
+        if (changed == 0u) continue;
+        st_shared_v4(at, chunk);
+        found = true;
+    }
+    return found;
+}
+
 // The warps beside the copying one: take infinities and NaNs out of the tiles of V that leak, before
 // anybody multiplies with them.
 template <class C> DEV void look_at_values(const ForwardSm90Params& params, u32 smem) {
@@ -161,9 +185,8 @@ template <class C> DEV void look_at_values(const ForwardSm90Params& params, u32 
             l.v.wait(v_count);
             if (leaks<C>(p, mask, rows, tile)) {
                 const bool mine =
-                    remove_own_non_finite<typename C::Element, typename L::VTile::Plain,
-                                          LOOKING_WARPS * 32>(l.v.tile(v_count), 0,
-                                                              fresh_thread_id() - FIRST_WARP * 32);
+                    clear_non_finite<typename C::Element, typename L::VTile, LOOKING_WARPS * 32>(
+                        l.v.tile(v_count), fresh_thread_id() - FIRST_WARP * 32);
                 fence_proxy_async();
                 const bool found = __any_sync(FULL_WARP, mine);
                 __syncwarp();
