@@ -78,6 +78,9 @@ def wide_products(flow: Flow) -> Iterator[str]:
 # Products of two run-time numbers that stay in 32 bits, by a piece of their source line.
 _BOUNDED = {
     "schedule.cuh": ("section_heads * tiles", "first_head * tiles"),  # blocks of the grid
+    "rows.cuh": ("member(row) * len_q",),  # groups of few queries (_candidates_grouped.py)
+    "mask_tiles.cuh": ("* p.group",),  # query heads
+    "forward_layout.cuh": ("work.head *=",),
     "sm90_ring.cuh": ("turn * blocks",),  # pieces of work, as many as there would be blocks
     "backward_pairs.cuh": ("* step", "step *="),  # batch entries
 }

@@ -19,7 +19,12 @@ from tests.ptx_flow import Flow
 # One of each family and class of variants; --thorough takes every kernel that the suite compiles.
 CHOSEN = {
     "sm_75": ("forward_f16_d64_linear", "backward_dkdv_f16_d64_shaped", "backward_prepare_f16_d64"),
-    "sm_80": ("forward_bf16_d64_linear_dense", "backward_dq_f16_d64_linear", "merge_f16"),
+    "sm_80": (
+        "forward_bf16_d64_linear_dense",
+        "backward_dq_f16_d64_linear",
+        "merge_f16",
+        "forward_f16_d64_rows",
+    ),
     "sm_90a": (
         "forward_sm90_f16_d64_linear",
         "backward_sm90_f16_d64_turns_linear",
