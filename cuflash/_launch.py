@@ -163,7 +163,7 @@ class PreparedForward:
         self._empty = is_empty(problem)
         if self._empty:
             return
-        _plan.plan(problem, device)  # first, as it refuses what the struct cannot hold
+        plan = _plan.plan(problem, device)  # first, as it refuses what the struct cannot hold
         slopes = arrays.get("alibi_slopes")
         given = {"q": arrays["q"], "k": arrays["k"], "v": arrays["v"], "out": out, "slope": slopes}
         given = {name: array for name, array in given.items() if array is not None}
@@ -171,9 +171,8 @@ class PreparedForward:
         if out is None:
             found["out"] = result_view(self._new_out.view)
         self._options = OptionInputs(device, problem, arrays, extra)
-        max_axes = _launch_maps.most_batch_axes(_plan.plan(problem, device))
+        max_axes = _launch_maps.most_batch_axes(plan)
         self._views = Views(problem, found | self._options.found, max_axes)
-        plan = _plan.plan(problem, device)
         addresses = {name: device.pointer(array) for name, array in given.items()}
         flags = vector_flags(self._views, arrays["q"].dtype.itemsize, addresses)
         flags |= self._options.flags
