@@ -132,9 +132,10 @@ def adopt(
 
             return objects, _cupy_device.device_of(objects[0])
     seen = Seen(dict(zip(names, objects, strict=True)), options())
-    # Before CuPy is asked for anything: it may be absent, or without a driver.
-    sides = {name: _side_of(x) for name, x in zip(names, objects, strict=True)}
-    _check_homes({name: side for name, side in sides.items() if side is not None}, seen)
+    if any(isinstance(x, np.ndarray) for x in objects):
+        # Before CuPy is asked for anything: it may be absent, or without a driver.
+        sides = {name: _side_of(x) for name, x in zip(names, objects, strict=True)}
+        _check_homes({name: side for name, side in sides.items() if side is not None}, seen)
     arrays = [
         None if x is None and place >= required else _adopt_one(name, x, seen)
         for place, (name, x) in enumerate(zip(names, objects, strict=True))
@@ -178,7 +179,7 @@ def _in_cuda_memory(x: Any) -> bool:
 
 
 def _check_homes(homes: Mapping[str, str], seen: Seen) -> None:
-    first_name, first = next(iter(homes.items()), ("", ""))
+    first_name, first = next(iter(homes.items()))
     for name, home in homes.items():
         if home == first:
             continue
