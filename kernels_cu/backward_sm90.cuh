@@ -44,6 +44,7 @@ template <class C> struct Consumer : Results<C> {
     // A warpgroup makes 64 rows and 64 columns of dQ: the other half of the rows or of the columns is the
     // other one's.
     static constexpr bool SPLIT_ROWS = C::BLOCK_Q == 128;
+    static constexpr int DQ8 = C::HEAD_DIM < 64 ? C::HEAD_DIM / 8 : 8;
     static_assert(C::BLOCK_Q * L::COLUMNS == 128 * 64 || !C::ACCUMULATE_DQ,
                   "a tile of dQ is two halves of 64 x 64");
 
@@ -83,7 +84,7 @@ template <class C> struct Consumer : Results<C> {
         Operand weights, gradients;
         const bool isolate = make_operands(score, head, tile, visit, weights, gradients);
         const u32 ds_smem = layout.ds(visit.ds_stage());
-        Accumulator<1, 8> dq;
+        Accumulator<1, DQ8> dq;
         if constexpr (C::ACCUMULATE_DQ) {
             gradients.template store<TileDs>(ds_smem, warp_key());
             // dS of both warpgroups is there. It also says that the other one is through with the products
@@ -220,7 +221,7 @@ template <class C> struct Consumer : Results<C> {
     }
 
     // dQ to where the other warpgroup's tile is reduced from, once the tile before has left.
-    DEV_METHOD void put_dq(const Accumulator<1, 8>& dq, int group, Visit<C::STAGES> visit) const {
+    DEV_METHOD void put_dq(const Accumulator<1, DQ8>& dq, int group, Visit<C::STAGES> visit) const {
         const int lane = fresh_thread_id() % 32, first_column = SPLIT_ROWS ? 0 : group * 64;
         const int first_row =
             (SPLIT_ROWS ? group * 64 : 0) + fresh_thread_id() / 32 % 4 * 16 + lane / 4;
@@ -230,7 +231,7 @@ template <class C> struct Consumer : Results<C> {
             const int row = first_row + 8 * half;
             const u32 to = layout.dq() + row * (C::HEAD_DIM * 4);
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
+            for (int n = 0; n < DQ8; ++n) {
                 const int column = first_column + 8 * n + lane % 4 * 2;
                 if (C::HEAD_DIM % 64 == 0 || first_column + 8 * n < C::HEAD_DIM)
                     st_shared_f32x2(to + 4 * dq_column(row, column), dq.x[0][n][2 * half],

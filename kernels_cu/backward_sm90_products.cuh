@@ -46,9 +46,9 @@ DEV void multiply_gradient(Accumulator<1, N8>& gradient, const Rounded<Element, 
     for (int k = 0; k < Q8 / 2; ++k)
         wgmma_rs<Element, true>(gradient, scores.a[k], b.at(mn_major_step(k)), 1);
 }
-// 64 queries and 64 columns of dS K: a slab of dS^T and a slab of K.
-template <class Element, class TileDs, class TileK>
-DEV void multiply_dq(Accumulator<1, 8>& dq, u32 ds_smem, u32 k_smem) {
+// 64 queries and 64 (or all) columns of dS K: a slab of dS^T and a slab of K.
+template <class Element, class TileDs, class TileK, int N8>
+DEV void multiply_dq(Accumulator<1, N8>& dq, u32 ds_smem, u32 k_smem) {
     const MnMajor<TileDs::SLAB_BYTES> a(ds_smem);
     const MnMajor<TileK::SLAB_BYTES> b(k_smem);
 #pragma unroll

@@ -203,7 +203,8 @@ def test_explain_counts_the_workspace_of_turns() -> None:
 
 
 REFUSED = {
-    "192": "head dims 192 and 192 are not both up to 128",
+    "192": "head dims 192 and 192 are not both up to 128: "
+    "sums of dK and dV would not fit the registers",
     "float32": "float32 is not one of float16, bfloat16",
     "odd rows": "rows of k do not begin on 16-byte boundaries",
     "one row": "rows of k are all the same one",
