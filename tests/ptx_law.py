@@ -17,7 +17,7 @@ from cuflash._compile import Specialization
 from tests.emulator.device import SHARED_MEMORY
 from tests.emulator.syntax import Function, Number, PtxModule, Variable
 from tests.ptx_addresses import offsets, wide_products
-from tests.ptx_flow import Flow, Step, constant
+from tests.ptx_flow import Flow, constant
 from tests.ptx_products import registers_of_products
 from tests.ptx_uniform import WARP, Uniformity
 
@@ -27,7 +27,8 @@ _DEFAULT_SHARED = 48 * KIB
 _PARAMETER_BYTES = 4096
 _REGISTERS = 65536
 WARPGROUP = 128
-# Every lane of the warp, or thread of the block, that the step names must come to it.
+BLOCK = 1024  # threads at most
+# Every lane of the warp that the step names must come to it.
 _TOGETHER = {
     "bar",
     "barrier",
@@ -41,12 +42,12 @@ _TOGETHER = {
 }
 
 
-def faults(spec: Specialization, module: PtxModule) -> list[str]:
-    """What breaks a law in one kernel, in words."""
+def faults(spec: Specialization, module: PtxModule, *, together: bool = True) -> list[str]:
+    """What breaks a law in one kernel, in words; `together`: the first law too, which takes most of the time."""
     (function,) = (f for f in module.functions if f.is_entry)
     flow = Flow(function)
     found = [
-        *converged(flow),
+        *(converged(flow) if together else ()),
         *registers_of_products(flow),
         *limits(spec, module, function),
         *named_barriers(flow),
@@ -63,28 +64,51 @@ def faults(spec: Specialization, module: PtxModule) -> list[str]:
 # ---- together
 
 
-def is_together(step: Step) -> bool:
-    """Whether a warp's lanes take this step as one."""
-    return step.instruction.opcode in _TOGETHER or "aligned" in step.instruction.modifiers
+def company(flow: Flow, n: int) -> int:
+    """How many neighbouring threads take step `n` as one; 1 where each is on its own."""
+    step = flow.steps[n]
+    opcode = step.instruction.opcode
+    if opcode in ("wgmma", "setmaxnreg"):
+        return WARPGROUP
+    if opcode in ("bar", "barrier") and "warp" not in step.opcode:
+        number, *count = barrier_of(flow, n)
+        if number is None or takes_turns(flow, count):
+            return WARPGROUP
+        return (count[0] if count else BLOCK) or WARPGROUP
+    together = opcode in _TOGETHER or "aligned" in step.instruction.modifiers
+    return WARP if together else 1
 
 
-def is_of_warpgroups(step: Step) -> bool:
-    """Whether four warps take this step as one."""
-    return step.instruction.opcode in ("wgmma", "setmaxnreg")
+def takes_turns(flow: Flow, count: list[int | None]) -> bool:
+    """Whether at barriers of so many threads some only arrive, for others to go on."""
+    return bool(count) and any(
+        step.opcode == "bar.arrive" and barrier_of(flow, n)[1:] == count
+        for n, step in enumerate(flow.steps)
+    )
+
+
+def barrier_of(flow: Flow, n: int) -> list[int | None]:
+    """Number of a barrier and, where given, its threads; None for what is not the same everywhere."""
+    step = flow.steps[n]
+    operands = step.instruction.operands
+    if "red" in step.instruction.modifiers:
+        operands = operands[1:-1]
+    return [constant(flow, n, x) for x in operands]
 
 
 def converged(flow: Flow) -> Iterator[str]:
-    """Steps for whole warps or warpgroups that depend on a branch which their threads may take differently."""
-    kinds = [(WARP, is_together, "lanes")]
-    if any(map(is_of_warpgroups, flow.steps)):
-        kinds.append((WARPGROUP, is_of_warpgroups, "warps"))
-    for threads, applies, who in kinds:
-        reported = set()
+    """Steps for many threads that depend on a branch which those threads may take differently."""
+    meetings: dict[int, set[int]] = {}
+    for n in range(len(flow)):
+        meetings.setdefault(company(flow, n), set()).add(n)
+    meetings.pop(1, None)
+    for threads, steps in sorted(meetings.items()):
+        reported: set[int] = set()
         for branch, region in Uniformity(flow, threads).branches.items():
-            for n in sorted(region - reported):
-                if n < len(flow) and applies(flow.steps[n]):
-                    reported.add(n)
-                    yield f"{flow.steps[n]} depends on {flow.steps[branch]}, where {who} may part"
+            for n in sorted(steps & region - reported):
+                reported.add(n)
+                who = "lanes" if threads == WARP else f"{threads} threads"
+                yield f"{flow.steps[n]} depends on {flow.steps[branch]}, where {who} may part"
 
 
 # ---- limits
@@ -120,10 +144,7 @@ def named_barriers(flow: Flow) -> Iterator[str]:
     for n, step in enumerate(flow.steps):
         if step.instruction.opcode not in ("bar", "barrier") or "warp" in step.opcode:
             continue
-        operands = list(step.instruction.operands)
-        if "red" in step.instruction.modifiers:
-            operands = operands[1:-1]
-        number, *count = (constant(flow, n, x) for x in operands)
+        number, *count = barrier_of(flow, n)
         if number is not None and not 0 <= number < 16:
             yield f"{step}: there are barriers 0 to 15"
         if count and count[0] is not None and (count[0] % WARP or count[0] <= 0):

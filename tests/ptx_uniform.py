@@ -1,4 +1,4 @@
-"""Which values all lanes of a warp, or all threads of a warpgroup, share, and at which branches they may part."""
+"""Which values all lanes of a warp, or all threads of a barrier, share, and at which branches they may part."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Uniformity:
     Parameters
     ----------
     flow : Flow
-    threads : {32, 128}
-        Of a warp, or of a warpgroup.
+    threads : int
+        Of a warp (32), a warpgroup (128), or all that meet at a barrier.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Uniformity:
 
     def __init__(self, flow: Flow, threads: int = WARP) -> None:
         self.flow = flow
-        self._bits = threads.bit_length() - 1
+        self._bits = (threads - 1).bit_length()
         self.divergent: set[int] = set()
         self.branches: dict[int, set[int]] = {}
         self._unsteady: set[int] = set()  # steps that depend on divergent branches

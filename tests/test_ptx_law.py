@@ -64,20 +64,27 @@ def flow_of(body: str, parameters: str = "float* x, int n") -> Flow:
     return Flow(parse(text).functions[0])
 
 
-LANE, SYNC = "threadIdx.x % 32", "__syncthreads();"
+LANE, SYNC, WARP_SYNC = "threadIdx.x % 32", "__syncthreads();", "__syncwarp();"
+HALF_SYNC = 'asm volatile("bar.sync 1, 256;");'
 
 
 @pytest.mark.parametrize(
     ("body", "wrong"),
     [
         (f"if (n > 3) {SYNC}", False),
-        (f"if (threadIdx.x / 32 == 2) {SYNC}", False),
-        (f"if (threadIdx.x < 96) {SYNC}", False),
-        (f"if (threadIdx.x < 95) {SYNC}", True),
+        (f"if (threadIdx.x / 32 == 2) {WARP_SYNC}", False),
+        (f"if (threadIdx.x < 96) {WARP_SYNC}", False),
+        (f"if (threadIdx.x < 95) {WARP_SYNC}", True),
+        (f"if (threadIdx.x / 32 == 2) {SYNC}", True),
+        (f"if (threadIdx.x < 256) {HALF_SYNC}", False),
+        (f"if (threadIdx.x / 128 < 2) {HALF_SYNC}", False),
+        (f"if (threadIdx.x < 128) {HALF_SYNC}", True),
         (f"if ({LANE} == 0) {SYNC}", True),
         (f"if (x[threadIdx.x] > 0) {SYNC}", True),
         (f"if (x[n] > 0) {SYNC}", False),
-        (f"if (__any_sync(~0u, x[threadIdx.x] > 0)) {SYNC}", False),
+        (f"if (__any_sync(~0u, x[threadIdx.x] > 0)) {WARP_SYNC}", False),
+        (f"if (__any_sync(~0u, x[threadIdx.x] > 0)) {SYNC}", True),
+        (f"if (__syncthreads_or(x[threadIdx.x] > 0)) {SYNC}", False),
         (f"for (int i = 0; i < {LANE}; ++i) {SYNC}", True),
         (f"for (int i = threadIdx.x; i < n; i += 32) x[i] = 0; {SYNC}", False),
         (f"int i = 0; if ({LANE} > 3) i = n; if (i) {SYNC}", True),
@@ -86,8 +93,8 @@ LANE, SYNC = "threadIdx.x % 32", "__syncthreads();"
         ("x[0] = __shfl_sync(~0u, n, 1);", False),
     ],
 )
-def test_lanes_that_may_part_before_a_step_of_all(body: str, wrong: bool) -> None:
-    assert any("where lanes may part" in text for text in ptx_law.converged(flow_of(body))) == wrong
+def test_threads_that_may_part_before_a_step_of_all(body: str, wrong: bool) -> None:
+    assert any("may part" in text for text in ptx_law.converged(flow_of(body))) == wrong
 
 
 @pytest.mark.parametrize(
@@ -104,7 +111,7 @@ def test_lanes_that_may_part_before_a_step_of_all(body: str, wrong: bool) -> Non
 )
 def test_warps_that_may_part_before_a_step_of_their_warpgroup(condition: str, wrong: bool) -> None:
     flow = flow_of(f'if ({condition}) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");')
-    assert any("where warps may part" in text for text in ptx_law.converged(flow)) == wrong
+    assert any("where 128 threads may part" in text for text in ptx_law.converged(flow)) == wrong
     assert not any("where lanes may part" in text for text in ptx_law.converged(flow))
 
 
@@ -167,13 +174,15 @@ def test_planted_mistakes(plant: Callable[[str], str], words: str) -> None:
     spec, text = warpgroups()
     planted = plant(text)
     assert planted != text
-    found = ptx_law.faults(spec, parse(planted))
+    found = ptx_law.faults(spec, parse(planted), together=False)
     assert any(words in fault for fault in found), found
 
 
 def test_shared_memory_and_parameters_beyond_the_limits() -> None:
     spec, text = warpgroups()
     static = text.replace("{\n", "{\n.shared .align 4 .b8 more[60000];\n", 1)
-    assert any("60000 + " in fault for fault in ptx_law.faults(spec, parse(static)))
+    assert any("60000 + " in fault for fault in ptx_law.faults(spec, parse(static), together=False))
     large = re.sub(r"(\.param \.align 64 \.b8 \w+)\[\d+\]", r"\1[4608]", text)
-    assert any("4608 bytes of parameters" in f for f in ptx_law.faults(spec, parse(large)))
+    assert any(
+        "4608 bytes of parameters" in f for f in ptx_law.faults(spec, parse(large), together=False)
+    )
