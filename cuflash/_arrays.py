@@ -173,9 +173,14 @@ def _in_cuda_memory(x: Any) -> bool:
     DLPack is asked first: it tells the device without raising, which `__cuda_array_interface__` of
     a PyTorch tensor with a history does not.
     """
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+    if _has_dlpack(x):
         return int(x.__dlpack_device__()[0]) in _DLPACK_CUDA
-    return hasattr(x, "__cuda_array_interface__")
+    return not isinstance(x, type) and hasattr(x, "__cuda_array_interface__")
+
+
+def _has_dlpack(x: Any) -> bool:
+    """Whether x can be asked for its device; the class of an array, passed by mistake, cannot."""
+    return not isinstance(x, type) and hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__")
 
 
 def _check_homes(homes: Mapping[str, str], seen: Seen) -> None:
@@ -214,16 +219,15 @@ def _adopt_one(name: str, x: Any, seen: Seen) -> Any:
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(x, cupy.ndarray):
         return x
-    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
-        if int(x.__dlpack_device__()[0]) in _DLPACK_CUDA:
-            return _import_cupy(name, x, seen).from_dlpack(x)
+    if _in_cuda_memory(x):
+        cupy = _import_cupy(name, x, seen)
+        return cupy.from_dlpack(x) if _has_dlpack(x) else cupy.asarray(x)
+    if _has_dlpack(x):
         raise seen.error(
             TypeError,
             f"{name} is {kind_of(x)} outside CUDA memory, not a NumPy array.",
             "numpy.from_dlpack(x) or numpy.asarray(x) for the CPU backend.",
         )
-    if hasattr(x, "__cuda_array_interface__"):
-        return _import_cupy(name, x, seen).asarray(x)
     raise seen.error(
         TypeError,
         f"{name} is {'None' if x is None else kind_of(x)}, not an array.",

@@ -13,6 +13,8 @@ from cuflash._errors import Seen, kind_of, shown_dtype
 # Sums of a position, an offset and a window stay inside int64, and no window without a bound ends
 # before the farthest offset.
 _FAR, _FARTHEST_OFFSET = 2**61, 2**60
+# Longest side of a block, most batches and heads: products of what is counted stay inside int64.
+_LARGEST = 2**30
 
 
 def block_size(value: Any, seen: Seen) -> tuple[int, int]:
@@ -28,6 +30,7 @@ def block_size(value: Any, seen: Seen) -> tuple[int, int]:
                 f"block_size is {value!r}, and {size} is not a positive multiple of 16.",
                 way_out,
             )
+        _at_most("block_size", size, seen)
         sizes.append(size)
     return sizes[0], sizes[1]
 
@@ -47,7 +50,7 @@ def shape(value: Any, seen: Seen) -> tuple[int, int]:
 def _is_sequence(value: Any) -> bool:
     if isinstance(value, (str, bytes, set, frozenset, Mapping)):
         return False
-    return hasattr(value, "__iter__") and getattr(value, "ndim", 1) > 0
+    return _checks.iterable(value)
 
 
 def _pair(name: str, value: Any, seen: Seen, way_out: str) -> tuple[Any, Any]:
@@ -67,12 +70,21 @@ def count(name: str, value: Any, least: int, seen: Seen) -> int:
     return number
 
 
+def _at_most(name: str, number: int, seen: Seen) -> int:
+    if number > _LARGEST:
+        raise seen.error(
+            ValueError, f"{name} is {number}, and at most 2**30 is possible.", f"a smaller {name}."
+        )
+    return number
+
+
 def lead(batch: Any, heads: Any, seen: Seen) -> tuple[int, ...]:
     """(*Bm, Hm); a batch of 1 is no axis, as it broadcasts all the same."""
-    last = count("heads", heads, 0, seen)
+    last = _at_most("heads", count("heads", heads, 0, seen), seen)
     if _is_sequence(batch):
-        return (*(count("batch", extent, 0, seen) for extent in batch), last)
-    extent = count("batch", batch, 0, seen)
+        extents = (count("batch", extent, 0, seen) for extent in batch)
+        return (*(_at_most("batch", extent, seen) for extent in extents), last)
+    extent = _at_most("batch", count("batch", batch, 0, seen), seen)
     return (last,) if extent == 1 else (extent, last)
 
 

@@ -205,9 +205,18 @@ def wrt(
     return tuple(name for name in GRADIENT_NAMES + arrays if name in given_names)
 
 
+def iterable(value: Any) -> bool:
+    """Whether a loop can run over it, which a class and an array of no axes only seem to allow."""
+    return (
+        hasattr(value, "__iter__")
+        and not isinstance(value, type)
+        and getattr(value, "ndim", 1) != 0
+    )
+
+
 def names(value: Any, seen: Seen, way_out: str = f"a tuple out of {GRADIENT_NAMES}.") -> list[str]:
     """The entries of a wrt that holds nothing but strings."""
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    if isinstance(value, str) or not iterable(value):
         raise seen.error(TypeError, f"wrt is {kind_of(value)}, not a tuple of names.", way_out)
     found = list(value)
     for name in found:

@@ -77,7 +77,8 @@ class Seen:
         width = max((len(name) for name in given), default=0)
         for name, array in given.items():
             shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
-            if shape is None or dtype is None:
+            # A class such as numpy.float16 has descriptors by these names.
+            if not isinstance(shape, tuple) or dtype is None:
                 yield f"  {name:<{width}}  {kind_of(array)}"
             else:
                 legend = self._legend(name, len(shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from cuflash import _array_checks, _arrays, _cpu, _dtypes
+from cuflash import _array_checks, _arrays, _checks, _cpu, _dtypes
 from cuflash._arrays import Meta
 from cuflash._errors import Seen, kind_of, shown_dtype
 
@@ -91,7 +91,7 @@ def merge_attention(
 
 def _parts(name: str, parts: Any) -> list[Any]:
     """The parts as a list; an array is taken apart along its first axis."""
-    if isinstance(parts, (str, bytes, dict)) or not hasattr(parts, "__iter__"):
+    if isinstance(parts, (str, bytes, dict)) or not _checks.iterable(parts):
         raise TypeError(
             f"{name} is {kind_of(parts)}, not a sequence of arrays.\n"
             f"  Way out: {name}=[first, second, ...]."

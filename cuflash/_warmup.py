@@ -187,7 +187,7 @@ def _check_words(mask: Any, arch: Any, seen: Seen) -> None:
 def _triples(shapes: Any, seen: Seen) -> list[tuple[Shape, Shape, Shape]]:
     """Shapes of q, k and v of each call."""
     way_out = "[(q_shape, k_shape, v_shape), ...], each a tuple of ints of at least 2 axes."
-    if not hasattr(shapes, "__iter__"):
+    if not _checks.iterable(shapes):
         raise seen.error(TypeError, f"shapes is {kind_of(shapes)}, not a list.", way_out)
     found: list[Any] = []
     for triple in shapes:

@@ -87,3 +87,38 @@ def test_every_other_array_of_a_call_may_have_any_strides(backend: Machine) -> N
         assert all(same_bits(a, b) for a, b in zip((out, lse), again, strict=True)), form
         found = gradients({name: views(x)[form] for name, x in given.items()}, turned)
         assert all(same_bits(a, b) for a, b in zip(expected, found, strict=True)), form
+
+
+ODD = {
+    "a class": np.float16,
+    "the class of arrays": np.ndarray,
+    "an array of no axes": np.array(1.0),
+    "a number beyond 64 bits": 2**70,
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD.keys())
+def test_what_nobody_would_pass_is_still_told_in_the_form_of_every_error(odd: Any) -> None:
+    """Nothing of NumPy's or Python's own comes through: each message ends with the way out."""
+    q, lse = np.ones((2, 3, 8), np.float16), np.zeros((2, 3), np.float32)
+    dense = np.ones((3, 3), bool)
+    calls = [
+        *(
+            lambda n=n: cuflash.attention(*(odd if n == i else q for i in range(3)))
+            for n in range(3)
+        ),
+        *(lambda n=n: cuflash.attention(q, q, q, **{n: odd}) for n in ("sinks", "mask", "out")),
+        lambda: cuflash.attention_backward(q, q, q, q, q, lse, wrt=odd),
+        lambda: cuflash.merge_attention(odd, [lse]),
+        lambda: cuflash.merge_attention([q], odd),
+        lambda: cuflash.warmup(odd),
+        lambda: cuflash.BlockMask.from_dense(dense, block_size=odd),
+        lambda: cuflash.BlockMask.from_dense(odd),
+        lambda: cuflash.BlockMask.from_function(
+            lambda b, h, i, j: i == j, shape=(3, 3), heads=odd, batch=odd
+        ),
+    ]
+    for number, call in enumerate(calls):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            call()
+        assert "\n  Way out: " in str(caught.value), (number, str(caught.value))
