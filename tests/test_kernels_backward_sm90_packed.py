@@ -5,15 +5,20 @@ keys of the next one, which must neither be seen nor touched.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import cuflash
+from cuflash._device import use_device
 from tests import packed
 from tests.case import Case
-from tests.machines import Emulator, same_bits
+from tests.machines import Emulator, Numpy, same_bits
 from tests.packed import Packed
+from tests.test_kernels_backward_sm90_planted import PlantedDevice
+from tests.test_kernels_backward_sm90_planted import sources as sources
 
 ARCH = "sm_90a"
 BASE = Case(heads=2, heads_kv=1, head_dim=64)
@@ -77,19 +82,60 @@ def test_turns_give_the_same_bits_in_every_schedule() -> None:
         assert all(map(same_bits, found[:3], gradients(TURNS, seed)))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_a_neighbour_holds_never_matters(bad: float) -> None:
-    """All of one sequence is bad; the others, before and behind it, keep their bits."""
-    case = Packed((40, 50, 130), (33, 70, 140), replace(BASE, causal=True))
-    _, _, _, at_q, at_k = list(case.sequences())[1]
+# Without a mask only the ends of sequences hide anything.
+NEIGHBOURS = Packed((40, 50, 130), (33, 70, 140), BASE)
+
+
+def spoiled(bad: float) -> tuple[Any, slice, slice]:
+    """What fills one sequence with `bad`, and where its rows and keys are."""
+    _, _, _, at_q, at_k = list(NEIGHBOURS.sequences())[1]
 
     def spoil(arrays: dict[str, np.ndarray]) -> None:
         for name in ("q", "k", "v", "dout"):
             arrays[name][:, at_k if name in "kv" else at_q] = bad
 
-    clean, dirty = gradients(case), gradients(case, spoil=spoil)
+    return spoil, at_q, at_k
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_a_neighbour_holds_never_matters(bad: float) -> None:
+    """All of one sequence is bad; the others, before and behind it, keep their bits."""
+    spoil, at_q, at_k = spoiled(bad)
+    clean, dirty = gradients(NEIGHBOURS), gradients(NEIGHBOURS, spoil=spoil)
     for n, (a, b) in enumerate(zip(clean, dirty, strict=True)):
-        own = at_q if n == 0 else at_k
-        assert np.isfinite(np.delete(a, np.r_[own], 1).astype(float)).all()
-        assert same_bits(np.delete(a, np.r_[own], 1), np.delete(b, np.r_[own], 1)), n
+        own = np.r_[at_q if n == 0 else at_k]
+        others = np.delete(a, own, 1)
+        assert np.isfinite(others.astype(float)).all()
+        assert same_bits(others, np.delete(b, own, 1)), n
         assert not np.isfinite(b[:, own].astype(float)).any(), n
+
+
+# Without any of these lines rows of the next sequence get into the sums: (file, text, what stands there instead).
+MISTAKES = {
+    "foreign rows": ("backward_sm90_block.cuh", "(C::PACKED && ends_in(tile))", "false"),
+    "foreign keys": (
+        "backward_sm90_results.cuh",
+        "st_shared_v4(layout.k() + i * 16, make_uint4(0, 0, 0, 0));",
+        "",
+    ),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_shows_in_the_numbers(sources: Path, mistake: str) -> None:
+    file, text, instead = MISTAKES[mistake]
+    before = (sources / file).read_text()
+    assert before.count(text) == 1, f"{file} has changed"
+    (sources / file).write_text(before.replace(text, instead))
+    arrays = packed.arrays(NEIGHBOURS, packed.answer(NEIGHBOURS).data)
+    spoil, at_q, at_k = spoiled(np.nan)
+    spoil(arrays)
+    q, k, v, dout = (arrays[n] for n in ("q", "k", "v", "dout"))
+    cu, run = NEIGHBOURS.cu_seqlens(), NEIGHBOURS.options()
+    out, lse = Numpy().varlen(q, k, v, *cu, return_lse=True, **run)
+    with use_device(PlantedDevice(sources, 0)):
+        grads = cuflash.attention_varlen_backward(dout, q, k, v, out, lse, *cu, **run)
+    others = [np.delete(grads.q, np.r_[at_q], 1)]
+    others += [np.delete(x, np.r_[at_k], 1) for x in (grads.k, grads.v)]
+    assert not all(np.isfinite(x.astype(float)).all() for x in others)
