@@ -5,6 +5,7 @@ and local memory, and what the compiler had to say.
     python -m tests.compile_matrix --record    # write the table anew after an intended change
     python -m tests.compile_matrix --record --share    # of the kernels that pytest compiles
     python -m tests.compile_matrix --both      # every kernel by both generations of NVRTC
+    python -m tests.compile_matrix --slowest 20 --only 'sm_90a .*_f64'   # what takes the compiler longest
 
 By default each kernel is built by one of two generations of NVRTC (see `generation_of`). The table
 is `tests/data/registers.json`; the tests record it too when CUFLASH_RECORD_REGISTERS is set. They
@@ -42,6 +43,8 @@ REGISTER_UNIT = 8
 # Up to this head dim the 16-bit kernels without options keep everything in registers, on every
 # architecture; all others must not spill more than recorded.
 NO_SPILL_HEAD_DIM = 128
+# Its compile time tells what the machine makes of the others.
+YARDSTICK = "sm_80", "backward_dkdv_f16_d64_linear"
 
 
 class Usage(NamedTuple):
@@ -197,15 +200,23 @@ class Found(NamedTuple):
     figures: dict[str, Usage]  # by the compiler of `generation_of`
     wrong: list[str]
     compiled: int
+    seconds: dict[str, float]  # of CPU, by a line that names the kernel
 
 
-def compile_group(arch: str, group: str, generations: tuple[int, ...]) -> Found:
-    """Build a portion of the matrix; with no `generations`, each kernel by its own compiler."""
+def compile_group(arch: str, group: str, generations: tuple[int, ...], only: str = "") -> Found:
+    """Build a portion of the matrix; with no `generations`, each kernel by its own compiler.
+
+    `only`: a pattern to be found in "sm_80 forward_f16_d64_linear".
+    """
     figures: dict[str, Usage] = {}
     wrong: list[str] = []
+    seconds: dict[str, float] = {}
     compiled = 0
     for spec in groups(arch)[group]:
+        if not re.search(only, f"{arch} {spec.name}"):
+            continue
         for generation in generations or (generation_of(spec),):
+            start = time.process_time()
             try:
                 usage, log, _ = compile_one(spec, generation)
             except RuntimeError as error:
@@ -213,13 +224,28 @@ def compile_group(arch: str, group: str, generations: tuple[int, ...]) -> Found:
                 wrong.append(f"CUDA {generation}, {arch}, {spec.name}: {text}")
                 continue
             compiled += 1
+            spills = f"{usage.spill_stores:4d} + {usage.spill_loads:3d} bytes of spills"
+            line = f"CUDA {generation}  {arch:6}  {usage.registers:3d} registers  {spills}  {spec.name}"
+            seconds[line] = time.process_time() - start
             if generation == generation_of(spec):
                 figures[spec.name] = usage
             wrong += complaints(spec, generation, usage, log)
     if os.environ.get(RECORD):
         record(arch, figures)
         wrong = [text for text in wrong if "recorded" not in text and "the table" not in text]
-    return Found(figures, wrong, compiled)
+    return Found(figures, wrong, compiled, seconds)
+
+
+def slowest(seconds: dict[str, float], count: int) -> str:
+    """A table of the kernels that took longest, and what the machine takes for a known one."""
+    arch, name = YARDSTICK
+    (spec,) = (spec for spec in kernels(arch) if spec.name == name)
+    compile_one(spec, 12)  # the first compilation of a process takes longer
+    start = time.process_time()
+    compile_one(spec, 12)
+    rows = sorted(seconds.items(), key=lambda row: -row[1])[:count]
+    lines = [f"{cpu:5.2f} s  {line}" for line, cpu in rows]
+    return "\n".join([*lines, f"{time.process_time() - start:5.2f} s  yardstick: {arch} {name}"])
 
 
 def record(arch: str, figures: dict[str, Usage]) -> None:
@@ -257,6 +283,8 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="write the table anew")
     parser.add_argument("--both", action="store_true", help="both compilers for every kernel")
     parser.add_argument("--share", action="store_true", help="only what pytest compiles")
+    parser.add_argument("--slowest", type=int, default=0, metavar="N", help="print the N slowest")
+    parser.add_argument("--only", default="", help='pattern in "sm_80 forward_f16_d64_linear"')
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     start = time.perf_counter()
@@ -266,16 +294,20 @@ def main() -> int:
     if options.record:
         os.environ[RECORD] = "1"  # inherited by the processes below
     wrong: list[str] = []
+    seconds: dict[str, float] = {}
     count = 0
     with concurrent.futures.ProcessPoolExecutor(options.jobs) as pool:
         tasks = [(arch, group) for arch in ARCHITECTURES for group in groups(arch)]
-        futures = [pool.submit(compile_group, *task, generations) for task in tasks]
+        futures = [pool.submit(compile_group, *task, generations, options.only) for task in tasks]
         done = concurrent.futures.as_completed(futures)
         for future in tqdm(done, total=len(futures), unit="group", mininterval=1):
             found = future.result()
             wrong += found.wrong
             count += found.compiled
+            seconds |= found.seconds
     print("\n".join(wrong))
+    if options.slowest:
+        print(slowest(seconds, options.slowest))
     print(f"{count} compilations in {time.perf_counter() - start:.0f} s, {len(wrong)} complaints")
     return 1 if wrong else 0
 

@@ -92,6 +92,15 @@ def test_what_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matrix.complaints(spec, generation, clean, warning)
 
 
+def test_the_slowest_kernels_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(matrix, "compile_one", lambda spec, generation: compiled.append(spec.name))
+    table = matrix.slowest({"quick": 0.5, "slow": 3.0, "middle": 1.0}, 2).splitlines()
+    assert [line.split()[-1] for line in table[:2]] == ["slow", "middle"]
+    assert len(table) == 3 and "yardstick" in table[2]
+    assert set(compiled) == {matrix.YARDSTICK[1]}
+
+
 def test_the_log_of_ptxas_is_read() -> None:
     log = """ptxas info    : Compiling entry function 'other' for 'sm_80'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
