@@ -161,6 +161,7 @@ class PreparedForward:
         self._lse_dtype = _dtypes.BY_NAME[problem.dtype].lse
         self._new_out = OrderedEmpty(out_shape, arrays["q"])
         self._empty = is_empty(problem)
+        self.is_simple = False  # nothing of the arrays matters but their addresses
         if self._empty:
             return
         plan = _plan.plan(problem, device)  # first, as it refuses what the struct cannot hold
@@ -185,6 +186,7 @@ class PreparedForward:
         self._parts = PartsMerge(device, problem, plan, self._views) if plan.scratch else None
         self._options.bind(struct, self._views, plan, extra)
         self._has_options = problem.has_options
+        self.is_simple = not (self._has_options or self._views.copies)
         count = len(_params.FORWARD_POINTERS) if self._has_options else _PLAIN_POINTERS
         # Where keys are shared out, the last launch is the merge of the parts.
         walks = replace(plan, launches=plan.launches[:1])

@@ -108,6 +108,9 @@ class DeviceForward:
             options = option_arrays(arrays[_FORWARD], arrays[9:], extra)
         if view.plain:
             return self._run(q, k, v, slopes, out, options, extra)
+        if self._run.is_simple:  # an array in standard order would begin where this one does
+            result, lse = self._run(q, k, v, slopes, out, None, extra)
+            return (view.restore(result) if out is None else out), view.restore_rows(lse)
         result, lse = self._run(
             view.standard(q),
             view.standard(k),
@@ -136,12 +139,14 @@ class DeviceBackward:
         self.view = view
         known, given = self._standard(arrays, extra)
         self._run = _launch_backward.PreparedBackward(device, problem, known, given, extra)
-        self._is_simple = view.plain and self._run.is_simple
+        # Addresses are those of arrays in standard order; results are brought into the caller's.
+        self._is_simple = self._run.is_simple and (view.plain or not given)
 
     def __call__(self, arrays: Sequence[Any], extra: Extra) -> dict[str, Any]:
         """Gradients by argument name, in the caller's order."""
         if self._is_simple:
-            return self._run.simple(arrays)
+            grads = self._run.simple(arrays)
+            return grads if self.view.plain else restored(self.view, grads, arrays)
         return restored(self.view, self._run(*self._standard(arrays, extra), extra), arrays)
 
     def _standard(
