@@ -82,7 +82,8 @@ class Backward:
             score = "linear" if variant.score == "linear" else "shaped"
             variant = Variant(score, packed=variant.packed)
         roomy = variant.score == "general" or (variant.score == "shaped" and not variant.plain)
-        tile, shared = tile_of(row, arch, element, dims, options=roomy)
+        packed = variant.packed
+        tile, shared = tile_of(row, arch, element, dims, options=roomy, packed=packed)
         if kernel == "backward_convert":
             prefix = "permuted" if permuted else ""
             extra = {"DQ_PERMUTED": permuted}
@@ -168,7 +169,13 @@ class Backward:
 
 
 def tile_of(
-    kernel: str, arch: str, element: str, dims: tuple[int, int], *, options: bool = False
+    kernel: str,
+    arch: str,
+    element: str,
+    dims: tuple[int, int],
+    *,
+    options: bool = False,
+    packed: bool = False,
 ) -> tuple[_tuning.Tile, int]:
     """Tile and shared memory of a kernel.
 
@@ -178,8 +185,8 @@ def tile_of(
     if item == 2:
         tile = _tuning.backward_tile(kernel, arch, *dims, options=options)
         return tile, _tuning.backward_shared_bytes(kernel, tile, *dims)
-    wide = _tuning_wide.backward_tile(item, kernel, arch, *dims)
-    return wide, _tuning_wide.backward_shared_bytes(item, kernel, wide, *dims)
+    wide = _tuning_wide.backward_tile(item, kernel, arch, *dims, packed=packed)
+    return wide, _tuning_wide.backward_shared_bytes(item, kernel, wide, *dims, packed=packed)
 
 
 def gathers(arch: str, dims: tuple[int, int], variant: Variant, element: str) -> bool:

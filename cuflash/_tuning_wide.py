@@ -12,6 +12,7 @@ smallest tiles of whole rows exceed shared memory, operands come in slices of co
 
 from __future__ import annotations
 
+from cuflash import _params
 from cuflash._tuning import BACKWARD_ROWS, Tile, family
 
 Key = tuple[int, str, tuple[int, int]]
@@ -103,14 +104,21 @@ BACKWARD_PAIRS = (
     Tile(32, 16, 2),
     Tile(64, 16, 4, slice_columns=64),
 )
+WORK_BYTES = 32  # what a block of dkdv or dq works on: kernels_cu/wide_work.cuh
 # Shared memory that one block may have: CUDA programming guide, table of technical specifications.
 SHARED_BYTES = {"sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}
 
 
 def backward_shared_bytes(
-    item: int, kernel: str, tile: Tile, head_dim: int, head_dim_v: int
+    item: int, kernel: str, tile: Tile, head_dim: int, head_dim_v: int, *, packed: bool = False
 ) -> int:
-    """As `_tuning.backward_shared_bytes`; statistics of rows have the size of an element."""
+    """As `_tuning.backward_shared_bytes`; statistics of rows have the size of an element.
+
+    `packed`: dkdv of packed sequences has the params of its own there.
+    """
+    if packed and kernel == "backward_dkdv":
+        own = -(-_params.BACKWARD.itemsize // 16) * 16
+        return own + backward_shared_bytes(item, kernel, tile, head_dim, head_dim_v)
     if tile.slice_columns:
         columns = part(item, head_dim)
         if kernel == "backward_dkdv":
@@ -118,7 +126,8 @@ def backward_shared_bytes(
         return _sliced_bytes(item, kernel, tile, columns)
     row = item * (head_dim + head_dim_v)
     if kernel == "backward_dkdv":
-        return tile.block_k * row + tile.stages * tile.block_q * (row + 2 * item)
+        rows = tile.stages * tile.block_q * (row + 2 * item)
+        return tile.block_k * row + rows + WORK_BYTES
     if kernel == "backward_dq":
         return tile.block_q * row + tile.stages * tile.block_k * row
     if kernel in ("backward_bias", "backward_score"):
@@ -132,10 +141,13 @@ def _sliced_bytes(item: int, kernel: str, tile: Tile, columns: int) -> int:
     whole = item * max(tile.block_q, tile.block_k) * columns
     if kernel in ("backward_bias", "backward_score"):
         return slices
-    return max(slices, whole) + (2 * item * tile.block_q if kernel == "backward_dkdv" else 0)
+    statistics = 2 * item * tile.block_q + WORK_BYTES if kernel == "backward_dkdv" else 0
+    return max(slices, whole) + statistics
 
 
-def backward_tile(item: int, kernel: str, arch: str, head_dim: int, head_dim_v: int) -> Tile:
+def backward_tile(
+    item: int, kernel: str, arch: str, head_dim: int, head_dim_v: int, *, packed: bool = False
+) -> Tile:
     """The tile of one of the backward kernels."""
     if kernel in BACKWARD_ROWS:
         return BACKWARD_ROWS[kernel]
@@ -149,7 +161,7 @@ def backward_tile(item: int, kernel: str, arch: str, head_dim: int, head_dim_v: 
     fits = (
         tile
         for tile in tiles
-        if backward_shared_bytes(item, kernel, tile, head_dim, head_dim_v) <= room
+        if backward_shared_bytes(item, kernel, tile, head_dim, head_dim_v, packed=packed) <= room
     )
     return next(fits)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward_accumulate.cuh"
+#include "wide_work.cuh"
 
 namespace backward {
 
@@ -21,13 +22,16 @@ template <class C> struct KeyLayoutOfSlices {
     static constexpr int ROWS = larger_of(C::BLOCK_Q, C::BLOCK_K);
     static constexpr int STATISTICS =
         larger_of(Operands::BYTES, ROWS * PART * (int)sizeof(Storage));
-    static constexpr int BYTES = STATISTICS + C::BLOCK_Q * 2 * REAL_BYTES;
+    static constexpr int WORK = STATISTICS + C::BLOCK_Q * 2 * REAL_BYTES;
+    static constexpr int PARAMS = WORK + WORK_BYTES<C>,
+                         BYTES = PARAMS + PARAMS_BYTES<C, BackwardParams>;
     static_assert(BYTES == C::SHARED_BYTES,
                   "_tuning_wide.backward_shared_bytes disagrees with the layout");
 
     u32 operands, k, v, ds;  // k and v: where gradients are staged
     DEV_METHOD explicit KeyLayoutOfSlices(u32 base) : operands(base), k(base), v(base), ds(base) {}
     DEV_METHOD u32 lse_log2(int) const { return operands + STATISTICS; }
+    DEV_METHOD u32 work() const { return operands + WORK; }
     static constexpr int DELTA = C::BLOCK_Q * REAL_BYTES;
 };
 
@@ -43,7 +47,9 @@ template <class C> struct KeyLayout {
         C::BLOCK_Q * 2 * REAL_BYTES;  // lse_log2 [BLOCK_Q], delta [BLOCK_Q]
     static constexpr int STAGE_BYTES = TileQ::BYTES + TileDout::BYTES + STATISTICS_BYTES;
     static constexpr int DS = TileK::BYTES + TileV::BYTES + C::STAGES * STAGE_BYTES;
-    static constexpr int BYTES = DS + (C::ACCUMULATE_DQ ? QueryAccumulator<C>::TileDs::BYTES : 0);
+    static constexpr int WORK = DS + (C::ACCUMULATE_DQ ? QueryAccumulator<C>::TileDs::BYTES : 0);
+    static constexpr int PARAMS = WORK + WORK_BYTES<C>,
+                         BYTES = PARAMS + PARAMS_BYTES<C, BackwardParams>;
     static_assert(BYTES == C::SHARED_BYTES,
                   "_tuning.backward_dkdv_shared_bytes disagrees with the layout");
     static_assert(STATISTICS_BYTES % 128 == 0, "tiles begin at multiples of 128");
@@ -57,6 +63,7 @@ template <class C> struct KeyLayout {
     DEV_METHOD u32 q(int stage) const { return stages + stage * STAGE_BYTES; }
     DEV_METHOD u32 dout(int stage) const { return q(stage) + TileQ::BYTES; }
     DEV_METHOD u32 lse_log2(int stage) const { return dout(stage) + TileDout::BYTES; }
+    DEV_METHOD u32 work() const { return k + WORK; }
     static constexpr int DELTA = C::BLOCK_Q * REAL_BYTES;  // delta lies this far behind lse_log2
 };
 

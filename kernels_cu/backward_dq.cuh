@@ -5,49 +5,10 @@
 // Grid: batch * heads * schedule.tiles blocks, schedule.tiles = ceil(len_q / BLOCK_Q).
 #pragma once
 
-#include "backward_tile.cuh"
+#include "backward_dq_layout.cuh"
+#include "wide_work.cuh"
 
 namespace backward {
-
-// Shared memory: the query tiles stay, key tiles come in STAGES buffers.
-template <class C> struct QueryLayout {
-    using Storage = typename C::Element::Storage;
-    using TileQ = SharedTile<C::BLOCK_Q, C::HEAD_DIM, Storage>;
-    using TileDout = SharedTile<C::BLOCK_Q, C::HEAD_DIM_V, Storage>;
-    using TileK = SharedTile<C::BLOCK_K, C::HEAD_DIM, Storage>;
-    using TileV = SharedTile<C::BLOCK_K, C::HEAD_DIM_V, Storage>;
-    static constexpr int STAGE_BYTES = TileK::BYTES + TileV::BYTES;
-    static constexpr int BYTES = TileQ::BYTES + TileDout::BYTES + C::STAGES * STAGE_BYTES;
-    static_assert(BYTES == C::SHARED_BYTES,
-                  "_tuning.backward_dq_shared_bytes disagrees with the layout");
-
-    u32 q, dout, stages;
-    DEV_METHOD explicit QueryLayout(u32 base)
-        : q(base), dout(base + TileQ::BYTES), stages(base + TileQ::BYTES + TileDout::BYTES) {}
-    DEV_METHOD u32 k(int stage) const { return stages + stage * STAGE_BYTES; }
-    DEV_METHOD u32 v(int stage) const { return k(stage) + TileK::BYTES; }
-};
-
-// Shared memory of a kernel that takes slices: operands, later what is staged.
-template <class C> struct QueryLayoutOfSlices {
-    using Storage = typename C::Element::Storage;
-    static constexpr int PART = part_columns<C>(C::HEAD_DIM);
-    using Operands = Slices<C, C::BLOCK_Q, C::BLOCK_K>;
-    // Names that the other layout has.
-    using TileQ = typename Operands::TileA;
-    using TileDout = TileQ;
-    using TileK = typename Operands::TileB;
-    using TileV = TileK;
-    static constexpr int ROWS = larger_of(C::BLOCK_Q, C::BLOCK_K);
-    static constexpr int BYTES = larger_of(Operands::BYTES, ROWS * PART * (int)sizeof(Storage));
-    static_assert(BYTES == C::SHARED_BYTES && C::STAGES == 1,
-                  "_tuning_wide.backward_shared_bytes disagrees with the layout");
-
-    u32 operands, q, stages;  // q: where the gradient is staged
-    DEV_METHOD explicit QueryLayoutOfSlices(u32 base) : operands(base), q(base), stages(base) {}
-    DEV_METHOD u32 k(int) const { return operands; }
-    DEV_METHOD u32 v(int) const { return operands; }
-};
 
 // One query tile of one head.
 template <class C> struct QueryBlock {
@@ -55,6 +16,7 @@ template <class C> struct QueryBlock {
     using Storage = typename Element::Storage;
     using Real = typename Element::Real;
     using Score = typename C::Score;
+    using Mask = typename C::Mask;
     static constexpr bool SLICED = SLICE<C> > 0;
     using Layout = Chosen<SLICED, QueryLayoutOfSlices<C>, QueryLayout<C>>;
     using TileQ = typename Layout::TileQ;
@@ -71,8 +33,8 @@ template <class C> struct QueryBlock {
 
     const BackwardParams& p;
     const Layout layout;
-    const typename C::Mask mask;
-    const Score score;
+    const Chosen<FRESH_MASK<C>, Later<Mask>, Mask> mask;
+    const Chosen<FRESH_SCORE<C>, Later<Score>, Score> score;
     const int first_column;
     int first_row;
     Range repaired_tiles = {0, 0};  // none, or all: add_back looks which
@@ -105,12 +67,21 @@ template <class C> struct QueryBlock {
     }
 
     DEV_METHOD Work query_work() const { return decode<C>(p, p.shape.heads); }
+    // Score and mask of the head: what is kept, or made anew.
+    DEV_METHOD const Score& at_hand(const Score& kept) const { return kept; }
+    DEV_METHOD Score at_hand(const Later<Score>&) const {
+        return make_score<C>(p, query_work(), query_work().head);
+    }
+    DEV_METHOD const Mask& at_hand(const Mask& kept) const { return kept; }
+    DEV_METHOD Mask at_hand(const Later<Mask>&) const {
+        return Mask(p, query_work(), query_work().head);
+    }
     DEV_METHOD Range rows() const { return {first_row, first_row + C::BLOCK_Q}; }
     DEV_METHOD static Range keys_of_tile(int tile) {
         return {tile * C::BLOCK_K, (tile + 1) * C::BLOCK_K};
     }
     DEV_METHOD bool isolates(int tile) const {
-        return mask.isolates(rows(), keys_of_tile(tile), tile);
+        return at_hand(mask).isolates(rows(), keys_of_tile(tile), tile);
     }
     // First row of this warp inside the tile.
     DEV_METHOD static int warp_row() { return fresh_thread_id() / 32 * (16 * M16); }
@@ -136,7 +107,7 @@ template <class C> struct QueryBlock {
 
     // All keys that the tile's rows see.
     DEV_METHOD void walk() {
-        const Range keys = mask.keys(rows());
+        const Range keys = at_hand(mask).keys(rows());
         if (keys.empty()) return;
         const Work work = query_work();
         TileLoader<TileK, THREADS, C::VECTOR_ONLY> k_loader(k_gmem());
@@ -149,7 +120,7 @@ template <class C> struct QueryBlock {
             cp_async_commit();
         };
         const int end = (keys.end - 1) / C::BLOCK_K + 1;
-        const int first = mask.next_tile(keys.begin / C::BLOCK_K, end);
+        const int first = at_hand(mask).next_tile(keys.begin / C::BLOCK_K, end);
         if (!C::Mask::CONTIGUOUS && first == end) return;
         load_rows(work);
         load_keys(first, 0);
@@ -157,7 +128,7 @@ template <class C> struct QueryBlock {
         bool repaired = false;
 #pragma unroll 1
         for (int tile = first; tile < end;) {
-            const int next = mask.next_tile(tile + 1, end);
+            const int next = at_hand(mask).next_tile(tile + 1, end);
             const bool last = next == end;
             cp_async_wait<0>();
             // After this barrier the tile is complete, and every warp is through with the tile
@@ -189,7 +160,7 @@ template <class C> struct QueryBlock {
     DEV_METHOD bool step(int tile, u32 k_smem, u32 v_smem) {
         const int first_key = tile * C::BLOCK_K;
         const bool isolate = isolates(tile);
-        const bool cut = isolate || mask.cuts(rows(), keys_of_tile(tile), tile) ||
+        const bool cut = isolate || at_hand(mask).cuts(rows(), keys_of_tile(tile), tile) ||
                          first_row + C::BLOCK_Q > p.shape.len_q;
         if constexpr (SLICED)
             return step_by_slices(first_key, cut, isolate);
@@ -250,12 +221,12 @@ template <class C> struct QueryBlock {
     DEV_METHOD void add_back() {
 #pragma unroll 1
         for (int tile = repaired_tiles.begin; tile < repaired_tiles.end;
-             tile = mask.next_tile(tile + 1, repaired_tiles.end))
+             tile = at_hand(mask).next_tile(tile + 1, repaired_tiles.end))
             if (isolates(tile))
                 add_non_finite<Element, PartQ, 16 * M16>(
                     layout.q, warp_row(), from_column(k_gmem(), first_column), keys_of_tile(tile),
                     scale_of<Real>(p.shape),
-                    [&](int r, int j) { return mask.keep(first_row + r, j); });
+                    [&](int r, int j) { return at_hand(mask).keep(first_row + r, j); });
     }
 
     // ds: in dP, out the gradient of the logit. s: in raw products, out d(logit) / d(scale * q.k).
@@ -266,6 +237,7 @@ template <class C> struct QueryBlock {
                   j_0 = first_key + lane % 4 * 2;
         const dropout::KeepBits<C::DROPOUT, M16, N8, false> keep(p, query_work(), query_work().head,
                                                                  first_row + warp_row(), first_key);
+        const Score& here = at_hand(score);
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -273,7 +245,7 @@ template <class C> struct QueryBlock {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     const Logit<Real> logit =
-                        score.at(s.x[m][n][e], i_0 + 16 * m + e / 2 * 8, j_0 + 8 * n + e % 2);
+                        here.at(s.x[m][n][e], i_0 + 16 * m + e / 2 * 8, j_0 + 8 * n + e % 2);
                     ds.x[m][n][e] = probability(logit.log2, lse_log2[m][e / 2]) *
                                     (keep.weighted(ds.x[m][n][e], m, n, e) - delta[m][e / 2]);
                     s.x[m][n][e] = logit.derivative;
@@ -283,7 +255,7 @@ template <class C> struct QueryBlock {
     // Sets both of pairs that do not exist to 0. Nothing is multiplied: they may be NaN.
     template <int N8> DEV_METHOD void hide(Accumulator<M16, N8, Real>& s,
                                            Accumulator<M16, N8, Real>& ds, int first_key) {
-        each_hidden<M16, N8, false>(mask, p.shape.len_q, first_row + warp_row(), first_key,
+        each_hidden<M16, N8, false>(at_hand(mask), p.shape.len_q, first_row + warp_row(), first_key,
                                     [&](int m, int n, int e) { s.x[m][n][e] = ds.x[m][n][e] = 0; });
     }
 
@@ -295,6 +267,7 @@ template <class C> struct QueryBlock {
         const int lane = fresh_thread_id() % 32, i_0 = first_row + warp_row() + lane / 4,
                   j_0 = first_key + lane % 4 * 2;
         const bool want_slope = p.slope_partial != nullptr;
+        const Score& here = at_hand(score);
 #pragma unroll
         for (int m = 0; m < M16; ++m)
 #pragma unroll
@@ -302,8 +275,8 @@ template <class C> struct QueryBlock {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     if (want_slope)
-                        slope_sum += ds.x[m][n][e] * score.alibi_distance(i_0 + 16 * m + e / 2 * 8,
-                                                                          j_0 + 8 * n + e % 2);
+                        slope_sum += ds.x[m][n][e] * here.alibi_distance(i_0 + 16 * m + e / 2 * 8,
+                                                                         j_0 + 8 * n + e % 2);
                     ds.x[m][n][e] *= s.x[m][n][e];
                 }
     }

@@ -65,6 +65,8 @@ template <class Element, class TileA, class TileB, int M16, int N8>
 DEV void multiply_transposed(Accumulator<M16, N8, typename Element::Real>& scores, u32 a_smem,
                              u32 b_smem) {
     static_assert(TileA::COLUMNS == TileB::COLUMNS, "both operands run over the head dim");
+    if constexpr (wide::MULTIPLIES_BY_LANES<Element>)
+        return wide::multiply_add_transposed<TileA, TileB>(scores, a_smem, b_smem);
     const u32 a_lane = lane_a<TileA>(a_smem), b_lane = lane_b<TileB>(b_smem);
 #pragma unroll(Element::STEPS_AT_ONCE)
     for (int k = 0; k < TileA::COLUMNS; k += 16) {
@@ -86,6 +88,8 @@ DEV void multiply_transposed(Accumulator<M16, N8, typename Element::Real>& score
 template <class Element, class TileB, int M16, int N8, class Real>
 DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8, Real>& gradient,
                   const Accumulator<M16, N8, Real>& scores, u32 b_smem) {
+    if constexpr (wide::MULTIPLIES_BY_LANES<Element>)
+        return wide::multiply_add<TileB, false>(gradient, scores, b_smem, TileB::COLUMNS);
     const u32 b_lane = lane_b_trans<TileB>(b_smem);
 #pragma unroll
     for (int k = 0; k < N8 / 2; ++k) {

@@ -203,6 +203,9 @@ template <class Tile, int THREADS, bool VECTOR_ONLY> struct TileLoader {
     // Wide tiles would take too many registers: they are stored at once.
     static constexpr bool STAGED = !HAS_ASYNC_COPY && Tile::PER_CHUNK == 8;
     uint4 staged[STAGED ? PASSES * Tile::SLABS : 1];
+    // Of those only as many passes are under way as leave registers to a kernel in its main loop.
+    static constexpr int AT_ONCE =
+        HAS_ASYNC_COPY || STAGED || !STEADY || Tile::SLABS < 4 ? PASSES : 1;
 
     DEV_METHOD explicit TileLoader(const Rows& rows) : gmem(rows) {}
 
@@ -218,7 +221,7 @@ template <class Tile, int THREADS, bool VECTOR_ONLY> struct TileLoader {
         const u32 first_to = smem + Tile::offset(row, column);
         const auto* from = gmem.base + (first_row + row) * gmem.stride + column;
         const int left = gmem.rows - first_row - row;  // rows from this thread's first on
-#pragma unroll
+#pragma unroll(AT_ONCE)
         for (int pass = 0; pass < PASSES; ++pass)
 #pragma unroll
             for (int slab = 0; slab < Tile::SLABS; ++slab) {

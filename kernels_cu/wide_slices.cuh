@@ -3,7 +3,7 @@
 // it comes from L2), and the only way where a tile of 16 rows of each operand is too much.
 #pragma once
 
-#include "tile.cuh"
+#include "wide_products.cuh"
 
 // Columns of a slice; 0 in kernels that keep whole tiles, whose Config does not speak of it.
 template <class C, class = void> constexpr int SLICE = 0;
@@ -68,6 +68,8 @@ template <class C, int ROWS_A, int ROWS_B> struct Slices {
     }
     template <int M16, int N8, class Real>
     DEV void multiply(Accumulator<M16, N8, Real>& scores, u32 a_smem, u32 b_smem) {
+        if constexpr (wide::MULTIPLIES_BY_LANES<Element>)
+            return wide::multiply_add_transposed<TileA, TileB>(scores, a_smem, b_smem);
         const u32 a_lane = lane_a<TileA>(a_smem), b_lane = lane_b<TileB>(b_smem);
 #pragma unroll(Element::STEPS_AT_ONCE)
         for (int k = 0; k < SLICE<C>; k += 16) {

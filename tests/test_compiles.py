@@ -92,6 +92,19 @@ def test_what_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matrix.complaints(spec, generation, clean, warning)
 
 
+def test_wide_gradients_of_keys_must_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = next(
+        s
+        for s in matrix.kernels("sm_80")
+        if s.name.startswith("backward_dkdv_f64_d128_general") and s.head_dim_v == 128
+    )
+    monkeypatch.setattr(matrix, "table", lambda: {"sm_80": {wide.name: [255, 8, 8, 8]}})
+    clean = matrix.Usage(registers=128, spill_stores=0, spill_loads=0, stack=0)
+    generation = matrix.generation_of(wide)
+    assert matrix.complaints(wide, generation, clean, "") == []
+    assert matrix.complaints(wide, generation, clean._replace(spill_loads=8), "")
+
+
 def test_the_slowest_kernels_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(matrix, "compile_one", lambda spec, generation: compiled.append(spec.name))
