@@ -154,7 +154,12 @@ def hopper_forward(arch: str, dims: Dims) -> Iterator[_tuning_sm90.Tile]:
 
 
 def hopper_by_keys(arch: str, dims: Dims) -> Iterator[Tile]:
-    """Hopper's dK and dV: two or three warpgroups of 64 keys, and one that feeds them."""
+    """Hopper's dK and dV: two or three warpgroups of 64 keys, and one that feeds them. Above 128 columns two share
+    64 keys.
+    """
+    if max(dims) > 128:
+        yield from (Tile(64, 64, 12, stages) for stages in (1, 2))
+        return
     for groups, queries, stages in itertools.product((1, 2, 3), (32, 64, 128), (1, 2, 3)):
         if sum(dims) // 2 + queries <= 240:
             yield Tile(queries, 64 * groups, 4 * groups + 4, stages)

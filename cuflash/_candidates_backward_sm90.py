@@ -30,7 +30,8 @@ ARCH = "sm_90a"
 KERNEL = "backward_sm90"
 ELEMENTS = ("f16", "bf16")
 # Two warpgroups of 64 keys and one that feeds them. The accumulators of a warpgroup (dK and dV: 64 x head dim
-# each; S^T and dP^T: 64 x BLOCK_Q) take at most 192 registers per thread with any tile. 2026-11-21, chosen.
+# each, above 128 one of them; S^T and dP^T: 64 x BLOCK_Q) take at most 192 registers per thread with any tile.
+# 2026-11-21, chosen.
 # Head dims up to 32: half of every row of shared memory is zeros, but products have only the columns there are. 1280
 # cycles of tensor cores per tile of 128 x 128; the portable kernel's mma.sync take 2560, and twice the instructions.
 TILES = {
@@ -38,18 +39,23 @@ TILES = {
     (64, 64): Tile(128, 128, 12, stages=2),
     (96, 96): Tile(64, 128, 12, stages=2),
     (128, 128): Tile(64, 128, 12, stages=2),
+    # Each warpgroup sums one of the gradients, of the same 64 keys (kernels_cu/backward_sm90_divided.cuh).
+    (192, 128): Tile(64, 64, 12, stages=2),
+    (192, 192): Tile(64, 64, 12, stages=2),
+    (256, 256): Tile(64, 64, 12, stages=2),
 }
 LOADED = ("q", "k", "v", "dout")  # by tensor maps
 
 
-def shared_bytes(tile: Tile, head_dim: int, accumulate: bool) -> int:
+def shared_bytes(tile: Tile, dims: tuple[int, int], accumulate: bool) -> int:
     """Dynamic shared memory: see Layout in kernels_cu/backward_sm90_layout.cuh."""
-    columns = -(-head_dim // 64) * 64
-    keys = 2 * tile.block_k * columns * 2
-    queries = tile.stages * tile.block_q * (2 * columns * 2 + 8)
-    gathered = 2 * tile.block_k * tile.block_q * 2 + tile.block_q * head_dim * 4
+    row = sum(-(-dim // 64) * 64 * 2 for dim in dims)  # bytes, of K and V or of Q and dO
+    queries = tile.stages * tile.block_q * (row + 8)
+    together = 64 if tile.block_k == 64 else dims[0]  # columns of dQ
+    gathered = 2 * tile.block_k * tile.block_q * 2 + tile.block_q * together * 4
     barriers, work, alignment = (4 + 4 * tile.stages) * 8, 80, 1024
-    return keys + queries + (gathered if accumulate else 0) + barriers + work + alignment
+    rest = barriers + work + alignment
+    return tile.block_k * row + queries + (gathered if accumulate else 0) + rest
 
 
 class BackwardSm90(Backward):
@@ -66,11 +72,6 @@ class BackwardSm90(Backward):
         reasons = common_refusals(problem, arch)
         if element_of(problem, arch) not in ELEMENTS:
             reasons.append(f"{problem.dtype} is not one of float16, bfloat16")
-        elif not reasons and dim_pair(problem.head_dim, problem.head_dim_v) not in TILES:
-            reasons.append(
-                f"head dims {problem.head_dim} and {problem.head_dim_v} are not both up to 128: "
-                "sums of dK and dV would not fit the registers"
-            )
         if not {"k", "v"} & set(problem.wrt):
             reasons.append("neither the gradient of k nor of v is wanted")
         return reasons + _refused_memory(problem)
@@ -99,7 +100,7 @@ class BackwardSm90(Backward):
     ) -> Specialization:
         """The Hopper kernel; `gathers`: dQ too, `turns`: in a fixed order."""
         tile = TILES[dims]
-        shared = shared_bytes(tile, dims[0], gathers)
+        shared = shared_bytes(tile, dims, gathers)
         prefix = "turns" if turns else "accumulate" if gathers else ""
         extra = {"ACCUMULATE_DQ": gathers, "TURNS": turns}
         return specialize(KERNEL, ARCH, element, dims, variant, tile, shared, prefix, **extra)

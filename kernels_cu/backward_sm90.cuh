@@ -12,35 +12,31 @@
 
 #include "backward_sm90_feed.cuh"
 #include "backward_sm90_products.cuh"
-#include "backward_sm90_results.cuh"
+#include "backward_sm90_divided.cuh"
 
 namespace backward::sm90 {
 
-template <class C> struct Consumer : Results<C> {
-    using Base = Results<C>;
+template <class C> struct Consumer : Scorer<C> {
+    using Base = Scorer<C>;
     using Base::arrive, Base::cuts, Base::first_key, Base::isolates, Base::key_work, Base::repair;
+    using Base::hide, Base::PART_Q, Base::PARTS;
     using Base::p, Base::layout, Base::head_mask, Base::repair_k;
     using Base::sequence, Base::warp_key, Base::warpgroup;
     using typename Base::Element;
     using typename Base::L;
     using typename Base::Mask;
+    using typename Base::Operand;
+    using typename Base::Score;
+    using typename Base::Scores;
     using typename Base::TileDout;
     using typename Base::TileK;
     using typename Base::TileQ;
     using typename Base::TileV;
-    using Score = typename C::Score;
     using TileDs = typename L::TileDs;
     static_assert(C::BLOCK_K == 128, "two warpgroups own 64 keys each");
-    static constexpr int Q8 = C::BLOCK_Q / 8;
-    // Scores that take registers of their own to work out come a part of a tile at a time where a whole one does
-    // not fit beside them.
-    static constexpr int PARTS = C::BLOCK_Q / QUERIES_AT_ONCE<C>;
     // Where registers allow, dV is under way while dS is made.
     static constexpr bool EARLY_DV =
         Score::FOLDED && !C::DROPOUT && Mask::CONTIGUOUS && C::BLOCK_Q == 64;
-    static constexpr int PART_Q = C::BLOCK_Q / PARTS, PART_Q8 = PART_Q / 8;
-    using Scores = Accumulator<1, PART_Q8>;
-    using Operand = Rounded<Element, Q8>;
     // A warpgroup makes 64 rows and 64 columns of dQ: the other half of the rows or of the columns is the
     // other one's.
     static constexpr bool SPLIT_ROWS = C::BLOCK_Q == 128;
@@ -56,28 +52,13 @@ template <class C> struct Consumer : Results<C> {
         dv.zero();
     }
 
-    DEV_METHOD void walk() {
-        const Range tiles = key_work().tiles;
-        Visit<C::STAGES> visit;
-#pragma unroll 1
-        for (int head = 0; head < p.shape.group; ++head) {
-            if constexpr (!Mask::CONTIGUOUS) head_mask = key_work().mask(p, head);
-            const Work work = key_work().work;
-            Score score = make_score<C>(p, work, work.head * p.shape.group + head);
-            if constexpr (C::PACKED) set_offset(score, layout.q_offset(p));
-#pragma unroll 1
-            for (int tile = head_mask.next_tile(tiles.begin, tiles.end); tile < tiles.end;
-                 tile = head_mask.next_tile(tile + 1, tiles.end)) {
-                if (visit.number == 0) {
-                    mbarrier_wait(layout.keys_full(), 0);
-                    if constexpr (C::ACCUMULATE_DQ)
-                        repair_k =
-                            named_barrier_or(CONSUMER_BARRIER, CONSUMERS, this->finds_bad_keys());
-                }
-                step(score, head, tile, visit);
-                visit.advance();
-            }
-        }
+    DEV_METHOD void run() {
+        this->walk([&](const Score& score, int head, int tile, Visit<C::STAGES> visit) {
+            step(score, head, tile, visit);
+        });
+        this->end_walk();
+        this->store_dv(dv);
+        this->store_dk(dk);
     }
 
     DEV_METHOD void step(const Score& score, int head, int tile, Visit<C::STAGES> visit) {
@@ -138,7 +119,7 @@ template <class C> struct Consumer : Results<C> {
             const u32 statistics =
                 layout.lse_log2(visit.stage()) + part * PART_Q * 4 + fresh_thread_id() % 4 * 8;
             if constexpr (EARLY_DV) {
-                make_weights(score, s, statistics);
+                make_weights<true>(score, s, statistics);
                 weights.put(0, s);
                 isolate = isolates(tile);
                 if (isolate || cuts(tile)) hide(tile, weights);
@@ -153,7 +134,8 @@ template <class C> struct Consumer : Results<C> {
                 gradients.put(0, ds);
                 if (isolate || cuts(tile)) hide(tile, gradients);
             } else {
-                score_gradients(score, s, ds, head, tile * C::BLOCK_Q + part * PART_Q, statistics);
+                this->template score_gradients<true>(score, s, ds, head,
+                                                     tile * C::BLOCK_Q + part * PART_Q, statistics);
                 weights.put(part, s);
                 gradients.put(part, ds);
             }
@@ -172,52 +154,6 @@ template <class C> struct Consumer : Results<C> {
         wgmma_fence();
         multiply_gradient<TileDout>(dv, weights, dout_smem);
         wgmma_commit();
-    }
-
-    // s: in raw products, out P (where dropout keeps it). ds: in dP, out dS. Keys along the accumulator's
-    // rows, queries along its columns. Both products are under way; the weights of a linear score are
-    // made while the second one is.
-    DEV_METHOD void score_gradients(const Score& score, Scores& s, Scores& ds, int head,
-                                    int first_row, u32 statistics) {
-        if constexpr (Score::FOLDED && !C::DROPOUT) {
-            make_weights(score, s, statistics);
-            wgmma_wait<0>();
-            wgmma_pin(ds);
-            make_gradients(s, ds, statistics + L::DELTA);
-        } else {
-            wgmma_wait<0>();
-            wgmma_pin(s);
-            wgmma_pin(ds);
-            const int lane = fresh_thread_id() % 32;
-            const int i_0 = first_row + lane % 4 * 2, j_0 = first_key() + warp_key() + lane / 4;
-            const Work work = key_work().work;
-            const dropout::KeepBits<C::DROPOUT, 1, PART_Q8, true> keep(
-                p, work, work.head * p.shape.group + head, first_row, first_key() + warp_key());
-#pragma unroll
-            for (int n = 0; n < PART_Q8; ++n) {
-                const float2 lse_log2 = ld_shared_f32x2(statistics + 32 * n);
-                const float2 delta = ld_shared_f32x2(statistics + 32 * n + L::DELTA);
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const Logit<float> logit =
-                        score.at(s.x[0][n][e], i_0 + 8 * n + e % 2, j_0 + e / 2 * 8);
-                    const float weight =
-                        backward::probability(logit.log2, e % 2 ? lse_log2.y : lse_log2.x);
-                    s.x[0][n][e] = keep.kept(0, n, e) ? weight : 0.f;
-                    ds.x[0][n][e] =
-                        weight *
-                        (keep.weighted(ds.x[0][n][e], 0, n, e) - (e % 2 ? delta.y : delta.x)) *
-                        logit.derivative;
-                }
-            }
-        }
-    }
-    // Sets P or dS of pairs that do not exist to 0. Nothing is multiplied: they may be NaN. Rounded, they take
-    // half of the registers.
-    template <class... Operands> DEV_METHOD void hide(int tile, Operands&... operands) const {
-        each_hidden<1, Q8, true>(this->mask(), sequence().q_len, tile * C::BLOCK_Q,
-                                 first_key() + warp_key(),
-                                 [&](int, int n, int e) { (operands.hide(n, e), ...); });
     }
 
     // dQ to where the other warpgroup's tile is reduced from, once the tile before has left.
@@ -247,6 +183,7 @@ template <class C> struct Consumer : Results<C> {
 
 template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
     using namespace backward::sm90;
+    static_assert(C::WARPS == 12, "two warpgroups and one that feeds them");
     extern __shared__ __align__(1024) u8 shared_memory[];
     const Layout<C> layout(shared_address(shared_memory));
     if (threadIdx.x == 0) {
@@ -259,11 +196,17 @@ template <class C> __device__ void backward_sm90(const BackwardSm90Params& p) {
     if (threadIdx.x >= CONSUMERS) {
         setmaxnreg_dec<FEED_REGISTERS<C>>();
         if (warp_id() == LOAD_WARP) load_everything<C>(p, layout);
-        if (C::ACCUMULATE_DQ && warp_id() == REDUCE_WARP) reduce_everything<C>(p, layout);
+        if (C::ACCUMULATE_DQ && warp_id() == REDUCE_WARP) {
+            if constexpr (DIVIDED<C>)
+                reduce_slabs<C>(p, layout);
+            else
+                reduce_everything<C>(p, layout);
+        }
     } else {
         setmaxnreg_inc<CONSUMER_REGISTERS<C>>();
-        Consumer<C> consumer(p, layout);
-        consumer.walk();
-        consumer.finish(consumer.dk, consumer.dv);
+        if constexpr (DIVIDED<C>)
+            consume_divided<C>(p, layout);
+        else
+            Consumer<C>(p, layout).run();
     }
 }

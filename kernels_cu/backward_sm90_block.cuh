@@ -28,7 +28,10 @@ template <class C> struct KeyTile {
     DEV_METHOD static Range rows_of_tile(int tile) {
         return {tile * C::BLOCK_Q, (tile + 1) * C::BLOCK_Q};
     }
-    DEV_METHOD static int warp_key() { return fresh_thread_id() / 32 * 16; }
+    // First key of this warp inside the tile.
+    DEV_METHOD static int warp_key() {
+        return DIVIDED<C> ? fresh_thread_id() / 32 % 4 * 16 : fresh_thread_id() / 32 * 16;
+    }
     // The same in all lanes, for the compiler too.
     DEV_METHOD static int warpgroup() {
         return __shfl_sync(FULL_WARP, (int)(fresh_thread_id() / 128), 0);

@@ -129,4 +129,47 @@ DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout)
     bulk_wait<0>();
 }
 
+// The same, 64 columns at a time, row by row: a row of them is one piece of memory. By all lanes.
+template <class C> DEV void reduce_slabs(const BackwardSm90Params& p, const Layout<C>& layout) {
+    constexpr int SLABS = Layout<C>::TileK::SLABS, BYTES = 64 * 4;
+    Visit<C::STAGES> visit;
+    KeyWork<C>(layout).each(p, [&](int head, int tile) {
+        const KeyWork<C> keys(layout);
+        const Sequence here = layout.sequence(p);
+        const int query_head = keys.work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
+        const i64 first = ::statistics_row<C>(p, keys.work, query_head) + here.q_start + row;
+        const int rows = min(C::BLOCK_Q, here.q_len - row);
+        u32* counter = nullptr;
+        u32 turn = 0;
+        if constexpr (C::TURNS) {
+            counter = p.dq_turns + turn_place<C>(p, keys.work.batch, query_head, here.q_start, row);
+            turn = turn_of<C>(p, keys, keys.mask(p, head), tile);
+            const bool waits = !C::PACKED || !packed::is_bad(p.options);
+            while (waits && ld_acquire_global(counter) != turn) {
+            }
+            fence_proxy_async_global();
+        }
+#pragma unroll 1
+        for (int slab = 0; slab < SLABS; ++slab) {
+            mbarrier_wait(layout.dq_full(), visit.dq_parity(SLABS, slab));
+#pragma unroll 1
+            for (int r = lane_id(); r < rows; r += 32)
+                bulk_reduce_add_f32(p.dq_accum + (first + r) * C::HEAD_DIM + slab * 64,
+                                    layout.dq() + r * BYTES, BYTES);
+            bulk_commit();
+            bulk_wait_read<0>();
+            __syncwarp();
+            if (elect_one()) mbarrier_arrive(layout.dq_empty());
+        }
+        visit.advance();
+        if constexpr (C::TURNS) {
+            bulk_wait<0>();
+            fence_proxy_async_global();
+            __syncwarp();
+            if (elect_one()) st_release_global(counter, turn + 1);
+        }
+    });
+    bulk_wait<0>();
+}
+
 }  // namespace backward::sm90

@@ -19,10 +19,14 @@ namespace backward::sm90 {
 
 constexpr int CONSUMERS = 256, CONSUMER_WARPS = CONSUMERS / 32;
 constexpr int LOAD_WARP = CONSUMER_WARPS, REDUCE_WARP = CONSUMER_WARPS + 1;
+// Above 128 columns dK and dV of 64 keys do not fit the registers of one warpgroup: two share the keys, and each
+// sums one of the gradients (backward_sm90_divided.cuh).
+template <class C> constexpr bool DIVIDED = C::BLOCK_K == 64;
 // Registers per thread: (24 + 2 * 240) * 128 is what 384 threads of 168 have. Walking a mask's map of tiles takes
-// more of them.
-template <class C> constexpr int FEED_REGISTERS = C::Mask::CONTIGUOUS ? 24 : 40;
-template <class C> constexpr int CONSUMER_REGISTERS = C::Mask::CONTIGUOUS ? 240 : 232;
+// more of them, and so do tiles of three or four slabs.
+template <class C> constexpr bool WIDE_FEED = DIVIDED<C> || !C::Mask::CONTIGUOUS;
+template <class C> constexpr int FEED_REGISTERS = WIDE_FEED<C> ? 40 : 24;
+template <class C> constexpr int CONSUMER_REGISTERS = WIDE_FEED<C> ? 232 : 240;
 constexpr int CONSUMER_BARRIER = 1;  // a named barrier of all consumers
 
 template <class C> struct Layout {
@@ -36,7 +40,10 @@ template <class C> struct Layout {
     using TileDs = SharedTile<C::BLOCK_K, C::BLOCK_Q>;  // dS^T
 
     static constexpr int DS_STAGES = C::ACCUMULATE_DQ ? 2 : 0;
-    static constexpr int DQ_BYTES = C::ACCUMULATE_DQ ? C::BLOCK_Q * C::HEAD_DIM * 4 : 0;
+    static constexpr int DQ_COLUMNS = DIVIDED<C> ? 64 : C::HEAD_DIM;  // reduced at a time
+    static constexpr int DQ_BYTES = C::ACCUMULATE_DQ ? C::BLOCK_Q * DQ_COLUMNS * 4 : 0;
+    // Warps that leave tiles of dQ to be reduced.
+    static constexpr int DQ_WARPS = DIVIDED<C> ? CONSUMER_WARPS / 2 : CONSUMER_WARPS;
     static constexpr int STATISTICS_BYTES = C::BLOCK_Q * 2 * 4;
     static constexpr int V = TileK::BYTES, Q = V + TileV::BYTES;
     static constexpr int DOUT = Q + C::STAGES * TileQ::BYTES;
@@ -104,7 +111,7 @@ template <class C> struct Layout {
     // One thread, before a block barrier.
     DEV_METHOD void init_barriers() const {
         mbarrier_init(keys_full(), 1);
-        mbarrier_init(dq_full(), CONSUMER_WARPS);
+        mbarrier_init(dq_full(), DQ_WARPS);
         mbarrier_init(dq_empty(), 1);
 #pragma unroll
         for (int stage = 0; stage < C::STAGES; ++stage) {
@@ -125,6 +132,8 @@ template <int STAGES> struct Visit {
     DEV_METHOD u32 parity() const { return number / STAGES % 2; }
     DEV_METHOD int ds_stage() const { return number % 2; }
     DEV_METHOD u32 dq_parity() const { return number % 2; }
+    // Of part `part` of a tile in `parts`.
+    DEV_METHOD u32 dq_parity(int parts, int part) const { return (number * parts + part) % 2; }
     DEV_METHOD void advance() { ++number; }
 };
 

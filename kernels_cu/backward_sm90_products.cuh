@@ -65,11 +65,11 @@ template <int N8, class Act> DEV void each_pair(u32 statistics, Act act) {
         for (int e = 0; e < 4; ++e) act(n, e, e % 2 ? pair.y : pair.x);
     }
 }
-// s: in raw products under way, out P of a score that is a factor. Everything is done before the wait for what
-// is under way behind it.
-template <class Score, int N8>
+// s: in raw products under way, out P of a score that is a factor. BEHIND: something else is under way behind
+// them, and everything is done before the wait for that.
+template <bool BEHIND, class Score, int N8>
 DEV void make_weights(const Score& score, Accumulator<1, N8>& s, u32 lse_log2_smem) {
-    wgmma_wait<1>();
+    wgmma_wait<BEHIND ? 1 : 0>();
     wgmma_pin(s);
     u32 bits = 0;
     each_pair<N8>(lse_log2_smem, [&](int n, int e, float lse_log2) {

@@ -91,22 +91,23 @@ template <class C> struct Results : KeyTile<C> {
         });
     }
 
-    // After the walk.
-    DEV_METHOD void finish(const Accumulator<1, C::HEAD_DIM / 8>& dk,
-                           const Accumulator<1, C::HEAD_DIM_V / 8>& dv) {
-        const Shape& shape = p.shape;
+    // After the walk, before gradients are staged over K and V: both warpgroups are through with them.
+    DEV_METHOD void end_walk() {
         if (C::ACCUMULATE_DQ && repair_k) add_back_dq();
-        // Gradients are staged over K and V: both warpgroups are through with all of K.
         named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);
-        if (p.dv != nullptr)
-            store<TileV>(p.dv, p.dv_strides, shape.head_dim_v, FLAG_DV_VECTOR, layout.v(), dv,
-                         C::DROPOUT ? dropout::factor_of<float>(p) : 1.f, [&](int head) {
-                             return this->rows_gmem(p.dout, p.dout_strides, shape.head_dim_v, head);
-                         });
-        if (p.dk != nullptr)
-            store<TileK>(
-                p.dk, p.dk_strides, shape.head_dim, FLAG_DK_VECTOR, layout.k(), dk, shape.scale,
-                [&](int head) { return this->rows_gmem(p.q, p.q_strides, shape.head_dim, head); });
+    }
+    DEV_METHOD void store_dv(const Accumulator<1, C::HEAD_DIM_V / 8>& dv) {
+        if (p.dv == nullptr) return;
+        store<TileV>(p.dv, p.dv_strides, p.shape.head_dim_v, FLAG_DV_VECTOR, layout.v(), dv,
+                     C::DROPOUT ? dropout::factor_of<float>(p) : 1.f, [&](int head) {
+                         return this->rows_gmem(p.dout, p.dout_strides, p.shape.head_dim_v, head);
+                     });
+    }
+    DEV_METHOD void store_dk(const Accumulator<1, C::HEAD_DIM / 8>& dk) {
+        if (p.dk == nullptr) return;
+        store<TileK>(
+            p.dk, p.dk_strides, p.shape.head_dim, FLAG_DK_VECTOR, layout.k(), dk, p.shape.scale,
+            [&](int head) { return this->rows_gmem(p.q, p.q_strides, p.shape.head_dim, head); });
     }
 
     // A gradient times `factor`, by way of this warp's rows of a tile. other(head): the rows whose NaN and inf

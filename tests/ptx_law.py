@@ -47,7 +47,7 @@ def faults(spec: Specialization, module: PtxModule, *, together: bool = True) ->
     (function,) = (f for f in module.functions if f.is_entry)
     flow = Flow(function)
     found = [
-        *(converged(flow) if together else ()),
+        *(converged(flow, has_roles(spec)) if together else ()),
         *registers_of_products(flow),
         *limits(spec, module, function),
         *named_barriers(flow),
@@ -64,7 +64,14 @@ def faults(spec: Specialization, module: PtxModule, *, together: bool = True) ->
 # ---- together
 
 
-def company(flow: Flow, n: int) -> int:
+def has_roles(spec: Specialization) -> bool:
+    """Whether warpgroups of a kernel come to the barriers that they share each in code of its own
+    (backward_sm90_divided.cuh), which named barriers allow; the emulator counts who comes.
+    """
+    return spec.kernel == "backward_sm90" and spec.constant("BLOCK_K") == 64
+
+
+def company(flow: Flow, n: int, roles: bool = False) -> int:
     """How many neighbouring threads take step `n` as one; 1 where each is on its own."""
     step = flow.steps[n]
     opcode = step.instruction.opcode
@@ -72,7 +79,7 @@ def company(flow: Flow, n: int) -> int:
         return WARPGROUP
     if opcode in ("bar", "barrier") and "warp" not in step.opcode:
         number, *count = barrier_of(flow, n)
-        if number is None or takes_turns(flow, count):
+        if number is None or takes_turns(flow, count) or (roles and count):
             return WARPGROUP
         return (count[0] if count else BLOCK) or WARPGROUP
     together = opcode in _TOGETHER or "aligned" in step.instruction.modifiers
@@ -96,11 +103,11 @@ def barrier_of(flow: Flow, n: int) -> list[int | None]:
     return [constant(flow, n, x) for x in operands]
 
 
-def converged(flow: Flow) -> Iterator[str]:
+def converged(flow: Flow, roles: bool = False) -> Iterator[str]:
     """Steps for many threads that depend on a branch which those threads may take differently."""
     meetings: dict[int, set[int]] = {}
     for n in range(len(flow)):
-        meetings.setdefault(company(flow, n), set()).add(n)
+        meetings.setdefault(company(flow, n, roles), set()).add(n)
     meetings.pop(1, None)
     for threads, steps in sorted(meetings.items()):
         reported: set[int] = set()

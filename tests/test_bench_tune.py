@@ -137,7 +137,7 @@ def test_no_row_no_tuning(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune, "cupy_or_reason", lambda: (None, ""))
-    assert tune.main(["--kernel", "backward_sm90", "--arch", "sm_90a", "--head-dim", "256"]) == 1
-    assert "has no row for head dim 256" in capsys.readouterr().out
+    assert tune.main(["--kernel", "forward_sm90", "--arch", "sm_90a", "--head-dim", "32"]) == 1
+    assert "has no row for head dim 32" in capsys.readouterr().out
     assert tune.main(["--kernel", "forward_sm90", "--arch", "sm_80"]) == 1
     assert "forward_sm90 needs sm_90a, this is sm_80" in capsys.readouterr().out

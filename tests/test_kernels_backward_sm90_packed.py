@@ -36,6 +36,7 @@ MORE = [
     Packed(*LONG, replace(BASE, head_dim=128, causal=True), tail_q=1),
     Packed(*LONG, replace(BASE, head_dim=96, dtype="bfloat16", window=(64, 0))),
     Packed(*LONG, replace(BASE, head_dim=24, causal=True)),
+    Packed(*LONG, replace(BASE, head_dim=256, causal=True), tail_q=1),
     Packed(*LONG, replace(BASE, softcap=3.0, alibi="H", causal=True)),
     Packed(*LONG, replace(BASE, mask="dense", bias="BHqk", dropout=0.3)),
     Packed(*LONG, replace(BASE, mask="blocks_partial", block=(32, 48), head_dim=128)),

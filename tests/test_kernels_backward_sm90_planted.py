@@ -39,7 +39,7 @@ MISTAKES = {
         "in flight|unordered",
     ),
     "keys full": (
-        CONSUMER,
+        "backward_sm90_scores.cuh",
         "mbarrier_wait(layout.keys_full(), 0);",
         "",
         Uninitialised,
@@ -73,7 +73,13 @@ MISTAKES = {
         EmulatorError,
         "race|wait_group.read",
     ),
-    "dq read": (FEED, "bulk_wait_read<0>();", "", EmulatorError, "race|wait_group.read"),
+    "dq read": (
+        FEED,
+        "bulk_wait_read<0>();\n        mbarrier_arrive(layout.dq_empty());",
+        "mbarrier_arrive(layout.dq_empty());",
+        EmulatorError,
+        "race|wait_group.read",
+    ),
     "barrier of ds": (
         CONSUMER,
         "named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);\n            wgmma_fence();",
@@ -117,6 +123,52 @@ MISTAKES = {
         "fence.mbarrier_init",
     ),
 }
+# The same of head dims above 128.
+DIVIDED = "backward_sm90_divided.cuh"
+DIVIDED_MISTAKES = {
+    "divided: dq full": (
+        FEED,
+        "mbarrier_wait(layout.dq_full(), visit.dq_parity(SLABS, slab));",
+        "",
+        EmulatorError,
+        "race|never written|without fence.proxy.async",
+    ),
+    "divided: dq empty": (
+        DIVIDED,
+        "mbarrier_wait(layout.dq_empty(), visit.dq_parity(TileK::SLABS, slab) ^ 1);",
+        "",
+        EmulatorError,
+        "race|wait_group.read",
+    ),
+    "divided: dq read": (
+        FEED,
+        "bulk_wait_read<0>();\n            __syncwarp();",
+        "__syncwarp();",
+        EmulatorError,
+        "race|wait_group.read",
+    ),
+    "divided: barrier of ds": (
+        DIVIDED,
+        "if constexpr (C::ACCUMULATE_DQ) named_barrier_sync(CONSUMER_BARRIER, CONSUMERS);",
+        "",
+        EmulatorError,
+        "race|never written|without fence.proxy.async",
+    ),
+    "divided: fence of dq": (
+        DIVIDED,
+        "fence_proxy_async();\n            arrive(layout.dq_full());",
+        "arrive(layout.dq_full());",
+        AsyncMisuse,
+        "without fence.proxy.async",
+    ),
+    "divided: early release of dout": (
+        DIVIDED,
+        "wgmma_wait<0>();\n        wgmma_pin(gradient);",
+        "arrive(layout.dout_empty(visit.stage()));\n        wgmma_wait<0>();\n        wgmma_pin(gradient);",
+        EmulatorError,
+        "race|arrival",
+    ),
+}
 
 
 class PlantedDevice(EmulatedDevice):
@@ -154,7 +206,7 @@ def sources(tmp_path: Path) -> Iterator[Path]:
 
 def plant(sources: Path, mistake: str) -> tuple[type[Exception], str]:
     """Put a mistake into the sources; what must be raised."""
-    file, text, instead, error, words = MISTAKES[mistake]
+    file, text, instead, error, words = (MISTAKES | DIVIDED_MISTAKES)[mistake]
     path = sources / file
     before = path.read_text()
     assert before.count(text) == 1, (
@@ -164,13 +216,13 @@ def plant(sources: Path, mistake: str) -> tuple[type[Exception], str]:
     return error, words
 
 
-def gradients(sources: Path, seed: int, bad: bool = False) -> list[np.ndarray]:
+def gradients(sources: Path, seed: int, bad: bool = False, dim: int = 128) -> list[np.ndarray]:
     """Three tiles of queries see a tile of keys and a bit: every buffer comes round. `bad`: with NaN in some rows."""
     import cuflash
 
     rng = np.random.default_rng(3)
-    q, dout = (normal(rng, 1, 250, 128) for _ in range(2))
-    k, v = (normal(rng, 1, 140, 128) for _ in range(2))
+    q, dout = (normal(rng, 1, 250, dim) for _ in range(2))
+    k, v = (normal(rng, 1, 140, dim) for _ in range(2))
     if bad:
         dout[0, [115, 120, 126, 150], 3] = np.nan
     # Where there is no dQ, no other fence follows that of repairs.
@@ -189,13 +241,17 @@ def test_the_kernel_is_right_without_a_mistake(sources: Path) -> None:
             assert np.isfinite(x.astype(float)).all() and np.array_equal(x, y)
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize(
+    "mistake",
+    [*MISTAKES, *[pytest.param(name, marks=pytest.mark.thorough) for name in DIVIDED_MISTAKES]],
+)
 def test_a_planted_mistake_is_caught(sources: Path, mistake: str) -> None:
     error, words = plant(sources, mistake)
+    dim = 256 if mistake in DIVIDED_MISTAKES else 128
     caught = None
     for seed in (0, 1, 2):
         try:
-            gradients(sources, seed, bad="repairs" in mistake)
+            gradients(sources, seed, bad="repairs" in mistake, dim=dim)
         except EmulatorError as raised:
             caught = raised
             break
