@@ -123,7 +123,7 @@ template <class C, bool WANT_DK, bool WANT_DV> struct KeyBlock
     DEV_METHOD void add_back_dq(Range tiles) {
         Walk::repairs(tiles, [&](Place place) {
             const int first_row = place.tile * C::BLOCK_Q;
-            Dq::add_back(accum(place.head, first_row), k_gmem(), Walk::mask_at(place.head),
+            Dq::add_back(accum(place.head, first_row), k_gmem(), Walk::mask,
                          Range{first_row, min(first_row + C::BLOCK_Q, p.shape.len_q)}, keys());
         });
     }

@@ -20,13 +20,13 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
     using Place = RowPlace;
     using Mask = typename C::Mask;
     using Score = typename C::Score;
-    using KeptScore = Kept<FRESH_SCORE<C>, Score>;
+    using KeptScore = Chosen<FRESH_SCORE<C>, Later<Score>, Score>;
 
-    Kept<FRESH_MASK<C>, Mask> kept_mask;  // of the query head at hand
-    Range repaired_tiles = {0, 0};        // none, or all: add_back looks which
+    Chosen<FRESH_MASK<C>, Later<Mask>, Mask> mask;  // of the query head at hand
+    Range repaired_tiles = {0, 0};                  // none, or all: add_back looks which
 
     DEV_METHOD KeyWalk(const BackwardParams& params, u32 smem)
-        : Rows(params, smem), kept_mask([&] { return mask_of(0); }) {}
+        : Rows(params, smem), mask(mask_of(0)) {}
 
     DEV_METHOD Self& self() { return *static_cast<Self*>(this); }
 
@@ -34,19 +34,20 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
         const Work work = key_work();
         return Mask(p, work, work.head * p.shape.group + head);
     }
-    DEV_METHOD Score make_head_score(int head) const {
+    DEV_METHOD Score score_of(int head) const {
         const Work work = key_work();
         return make_score<C>(p, work, work.head * p.shape.group + head);
     }
-    // That of the query head at hand.
-    DEV_METHOD decltype(auto) mask_at(int head) const {
-        return kept_mask.get([&] { return mask_of(head); });
-    }
+    // Mask and score of a query head: what is kept, or made anew.
+    DEV_METHOD static const Mask& at_hand(const Mask& kept, int) { return kept; }
+    DEV_METHOD Mask at_hand(const Later<Mask>&, int head) const { return mask_of(head); }
+    DEV_METHOD static const Score& at_hand(const Score& kept, int) { return kept; }
+    DEV_METHOD Score at_hand(const Later<Score>&, int head) const { return score_of(head); }
     DEV_METHOD void enter_head(int head) {
-        if constexpr (!Mask::CONTIGUOUS) kept_mask.renew([&] { return mask_of(head); });
+        if constexpr (!Mask::CONTIGUOUS && !FRESH_MASK<C>) mask = mask_of(head);
     }
     DEV_METHOD bool isolates(Place place) const {
-        return mask_at(place.head).isolates(rows_of_tile(place.tile), keys(), place.tile);
+        return at_hand(mask, place.head).isolates(rows_of_tile(place.tile), keys(), place.tile);
     }
 
     // The first visible tile of query heads `head` and later; head == group when there is none.
@@ -62,7 +63,7 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
 
     // All rows of all query heads that see the tile.
     DEV_METHOD void walk() {
-        const Range rows = mask_at(0).rows(keys());
+        const Range rows = at_hand(mask, 0).rows(keys());
         if (rows.empty()) return;
         const Range tiles = {rows.begin / C::BLOCK_Q, (rows.end - 1) / C::BLOCK_Q + 1};
         const Place first = first_visible(0, tiles);
@@ -74,16 +75,16 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
         bool repaired = false;
 #pragma unroll 1
         for (int head = first.head; head < p.shape.group; ++head) {
-            const KeptScore score([&] { return make_head_score(head); });
+            const KeptScore score(score_of(head));
             enter_head(head);
-            int tile = mask_at(head).next_tile(tiles.begin, tiles.end);
+            int tile = at_hand(mask, head).next_tile(tiles.begin, tiles.end);
 #pragma unroll 1
             while (tile < tiles.end) {
                 int after;
                 Place next;
                 bool last;
                 const auto look_ahead = [&] {
-                    after = mask_at(head).next_tile(tile + 1, tiles.end);
+                    after = at_hand(mask, head).next_tile(tile + 1, tiles.end);
                     const bool wraps = after == tiles.end;
                     next = wraps ? first_visible(head + 1, tiles) : Place{head, after};
                     last = wraps && next.head == p.shape.group;
@@ -112,9 +113,10 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
     DEV_METHOD bool step(const KeptScore& score, Place place, int stage) {
         const int first_row = place.tile * C::BLOCK_Q;
         const bool isolate = isolates(place);
-        const bool cut = isolate ||
-                         mask_at(place.head).cuts(rows_of_tile(place.tile), keys(), place.tile) ||
-                         first_row + C::BLOCK_Q > p.shape.len_q;
+        const bool cut =
+            isolate ||
+            at_hand(mask, place.head).cuts(rows_of_tile(place.tile), keys(), place.tile) ||
+            first_row + C::BLOCK_Q > p.shape.len_q;
         return self().add_tile(score, place, stage, cut, isolate);
     }
 
@@ -124,8 +126,8 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
         for (int head = 0; head < p.shape.group; ++head) {
             enter_head(head);
 #pragma unroll 1
-            for (int tile = mask_at(head).next_tile(tiles.begin, tiles.end); tile < tiles.end;
-                 tile = mask_at(head).next_tile(tile + 1, tiles.end))
+            for (int tile = at_hand(mask, head).next_tile(tiles.begin, tiles.end); tile < tiles.end;
+                 tile = at_hand(mask, head).next_tile(tile + 1, tiles.end))
                 if (isolates({head, tile})) act(Place{head, tile});
         }
     }
@@ -136,7 +138,7 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
     template <class Tile, class RowsOf>
     DEV_METHOD void add_back(u32 smem, Real factor, RowsOf rows_gmem) {
         repairs(repaired_tiles, [&](Place place) {
-            const auto& mask = mask_at(place.head);
+            const Mask& mask = at_hand(this->mask, place.head);
             add_non_finite<Element, Tile, 16 * M16>(
                 smem, warp_key(), rows_gmem(place.head), rows_of_tile(place.tile), factor,
                 [&](int r, int i) { return mask.keep(i, first_key + r); });
@@ -150,7 +152,7 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
                                                       Accumulator<M16, N8, Real>& ds, Place place,
                                                       int column, int stage) {
         using Pair = typename PairOf<Real>::Type;
-        const Score& score = kept.get([&] { return make_head_score(place.head); });
+        const Score& score = at_hand(kept, place.head);
         const int lane = fresh_thread_id() % 32, first_row = place.tile * C::BLOCK_Q + column;
         const int i_0 = first_row + lane % 4 * 2, j_0 = first_key + warp_key() + lane / 4;
         constexpr int BYTES = Layout::REAL_BYTES;
@@ -185,7 +187,7 @@ template <class C, class Self> struct KeyWalk : KeyRows<C> {
                                            Accumulator<M16, N8, Real>& ds, Place place,
                                            int column) {
         const int first_row = place.tile * C::BLOCK_Q + column;
-        each_hidden<M16, N8, true>(mask_at(place.head), p.shape.len_q, first_row,
+        each_hidden<M16, N8, true>(at_hand(mask, place.head), p.shape.len_q, first_row,
                                    first_key + warp_key(), [&](int m, int n, int e) {
                                        s.x[m][n][e] = 0;
                                        if (Self::FORMS_DS) ds.x[m][n][e] = 0;

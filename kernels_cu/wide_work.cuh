@@ -53,23 +53,11 @@ DEV void with_shared_params(const Params& params, int heads, u8* place, Run run)
     run(own);
 }
 
-// A value of a main loop that a kernel keeps in registers, or, FRESH, makes anew for every use where registers are
-// scarcer than instructions (a float64 number takes two). make(): the value.
-template <bool FRESH, class T> struct Kept {
-    T value;
-    template <class Make> DEV_METHOD explicit Kept(Make make) : value(make()) {}
-    template <class Make> DEV_METHOD void renew(Make make) { value = make(); }
-    template <class Make> DEV_METHOD const T& get(Make) const { return value; }
-};
-template <class T> struct Kept<true, T> {
-    template <class Make> DEV_METHOD explicit Kept(Make) {}
-    template <class Make> DEV_METHOD void renew(Make) {}
-    template <class Make> DEV_METHOD T get(Make make) const { return make(); }
-};
-// In the place of such a value of type T.
+// In the place of a T that other kernels keep in registers across a main loop: it is made anew for every use, as
+// registers are scarcer than instructions (a float64 number takes two).
 template <class T> struct Later {
     template <class... Any> DEV_METHOD explicit Later(const Any&...) {}
 };
-// The scores of wide elements are FRESH, and masks of theirs that are more than a band.
+// So are the scores of wide elements, and masks of theirs that are more than a band.
 template <class C> constexpr bool FRESH_SCORE = WORK_IN_SHARED<C>;
 template <class C> constexpr bool FRESH_MASK = WORK_IN_SHARED<C> && !C::Mask::CONTIGUOUS;
