@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def build(spec: Specialization) -> bytes:
     Raises
     ------
     CompileError
-        NVRTC refused, or compiled with a warning that means lost performance.
+        NVRTC refused.
     """
     nvrtc = _nvrtc.binding()
     version = nvrtc.getVersion()
@@ -171,9 +172,11 @@ def compile_cubin(text: str, name: str, arch: str, path: Path | None) -> bytes:
             log = nvrtc.getProgramLog(program)
             raise CompileError(_report(name, arch, path, f"{error}\n{log}")) from None
         log = nvrtc.getProgramLog(program)
-        if "C75" in log:
-            # Serialised wgmma or an ignored setmaxnreg: compiles, and runs several times too slowly.
-            raise CompileError(_report(name, arch, path, log))
+        for line in log.splitlines():
+            # Serialised wgmma or an ignored setmaxnreg: right, and several times too slow. Tests refuse it
+            # for the compilers they have; with another one a slow result is better than none.
+            if "C75" in line:
+                warnings.warn(f"{name} for {arch}: {line.strip()}", RuntimeWarning, stacklevel=2)
         cubin = nvrtc.getCUBIN(program)
         # CuPy takes the cubin for a C string and drops its last byte, a zero inside the program table.
         return cubin.ljust(_cache.elf_length(cubin) or 0, b"\0")

@@ -148,6 +148,17 @@ def test_a_changed_header_changes_every_key(folder: Path, tmp_path: Path, monkey
         _compile.digest.cache_clear()
 
 
+def test_lost_performance_is_a_warning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NVRTC to come may serialise what today's does not: the kernel is right all the same."""
+    from cupy.cuda import nvrtc
+
+    line = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"
+    monkeypatch.setattr(nvrtc, "getProgramLog", lambda program: f"one\n{line}\n")
+    with pytest.warns(RuntimeWarning, match=r"for sm_80: ptxas info : \(C7510\)"):
+        cubin = _compile.build(SPEC)
+    assert cubin.startswith(b"\x7fELF")
+
+
 def test_a_compile_error_names_kernel_source_and_log(folder: Path) -> None:
     with pytest.raises(_compile.CompileError) as caught:
         _compile.compile_cubin("int x = ;\n", "broken", "sm_80", folder / "broken.cu")
