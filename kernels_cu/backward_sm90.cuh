@@ -7,7 +7,8 @@
 //
 // Grid: batch * heads_kv * schedule.tiles blocks, schedule.tiles = ceil(len_k / BLOCK_K). p.dk or
 // p.dv may be null. C::TURNS: blocks add to a tile of dQ in the order of their numbers, so that its
-// bits are the same in every run.
+// bits are the same in every run. Above 128 columns warpgroups share the work in another way:
+// backward_sm90_divided.cuh.
 #pragma once
 
 #include "backward_sm90_feed.cuh"

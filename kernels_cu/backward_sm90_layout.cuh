@@ -1,6 +1,7 @@
 // Backward on Hopper: where everything lies in shared memory, and which tiles of queries a block visits.
 //
-// Two consumer warpgroups own 64 keys each, the third warpgroup feeds them (backward_sm90_feed.cuh):
+// Two consumer warpgroups own 64 keys each (above 128 columns both the same 64, and dq is 64 columns of it), the
+// third warpgroup feeds them (backward_sm90_feed.cuh):
 //
 //          tile                     written by           read by                      handed over by
 //   k, v   keys x head dim          TMA, once            wgmma                        keys_full
