@@ -28,7 +28,7 @@ HEAD_DIMS = {
     96: replace(BASE, heads=7, len_q=129, len_k=257, causal=True),
     128: replace(BASE, heads=6, heads_kv=2, len_q=257, len_k=385, causal=True),
     160: replace(BASE, len_q=130, len_k=291, window=(0, 64)),
-    192: replace(BASE, heads=8, len_q=9, len_k=290),
+    192: replace(BASE, heads=8, len_q=17, len_k=290),  # fewer rows, and the heads share tiles
     256: replace(BASE, len_q=130, len_k=257, causal=True),
 }
 HEAD_DIMS = {d: replace(case, head_dim=d) for d, case in HEAD_DIMS.items()}
@@ -49,7 +49,7 @@ PLACES = [
     replace(HEAD_DIMS[64], scale=-0.125),
     replace(HEAD_DIMS[64], batch=(2, 3), broadcast_kv=True, len_q=70, layout="LHD"),
     replace(HEAD_DIMS[128], q_offset=-130, window=(50, 20), causal=False),
-    replace(HEAD_DIMS[128], len_q=1, len_k=1),
+    replace(HEAD_DIMS[128], heads=2, heads_kv=2, len_q=1, len_k=1),
     replace(HEAD_DIMS[128], batch=(5,), heads=3, heads_kv=1, len_q=20, len_k=150),
     replace(HEAD_DIMS[64], magnitude=20.0),
 ]
