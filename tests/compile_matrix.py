@@ -37,7 +37,7 @@ TABLE = Path(__file__).parent / "data" / "registers.json"
 RECORD = "CUFLASH_RECORD_REGISTERS"
 EVERYTHING = "CUFLASH_COMPILE_EVERYTHING"
 # One in so many of the optional kernels is compiled by pytest.
-OPTION_SHARE = 48
+OPTION_SHARE = 96
 # The register file is handed out in units of 8 registers per thread; below that nothing changes.
 REGISTER_UNIT = 8
 # Up to this head dim the 16-bit kernels without options, and dK and dV of wide elements with any, keep
@@ -95,7 +95,7 @@ def in_tests(spec: Specialization) -> bool:
     Of the two element types, which differ in one instruction, it takes one for each kernel: head
     dims alternate, and the other way round on every third and fourth architecture. Of the kernels
     for masks, biases, dropout and packed sequences, which are many times as many, a share picked by
-    name. sm_86 and sm_89, which have the same registers and shared memory, share the rest.
+    name.
     """
     if os.environ.get(EVERYTHING):
         return True
@@ -105,10 +105,6 @@ def in_tests(spec: Specialization) -> bool:
         return True
     if is_optional(spec):
         return zlib.crc32(f"{spec.arch} {spec.name}".encode()) % OPTION_SHARE == 0
-    if spec.arch in ("sm_86", "sm_89") and (zlib.crc32(spec.name.encode()) % 2 == 1) != (
-        spec.arch == "sm_89"
-    ):
-        return False
     dims = spec.head_dim, spec.head_dim_v
     place = _candidates.DIM_PAIRS.index(dims) if spec.head_dim else 0  # merge has no head dim
     odd = (place + ARCHITECTURES.index(spec.arch) // 2) % 2 == 1
