@@ -91,6 +91,28 @@ template <class C> DEV u32 turn_of(const BackwardParams& p, const KeyWork<C>& ke
                                    : keys.work.tile - seen.begin / C::BLOCK_K;
 }
 
+// Deterministic sums: the block's place among those that add to one tile of queries. Constructed when it is its
+// turn; whoever has added passes it on.
+template <class C> struct Turn {
+    u32* counter = nullptr;
+    u32 number = 0;
+
+    DEV_METHOD Turn(const BackwardSm90Params& p, const KeyWork<C>& keys, const Sequence& here,
+                    int head, int row) {
+        if constexpr (C::TURNS) {
+            const int query_head = keys.work.head * p.shape.group + head;
+            counter = p.dq_turns + turn_place<C>(p, keys.work.batch, query_head, here.q_start, row);
+            number = turn_of<C>(p, keys, keys.mask(p, head), row / C::BLOCK_Q);
+            // Cumulative lengths that contradict themselves leave out blocks; nothing is promised then.
+            const bool waits = !C::PACKED || !packed::is_bad(p.options);
+            while (waits && ld_acquire_global(counter) != number) {
+            }
+            fence_proxy_async_global();
+        }
+    }
+    DEV_METHOD void pass() const { st_release_global(counter, number + 1); }
+};
+
 // dq_accum += the tiles of dQ that the consumers leave in shared memory.
 template <class C>
 DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout) {
@@ -105,17 +127,7 @@ DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout)
         const int rows = min(C::BLOCK_Q, here.q_len - row);
         mbarrier_wait(layout.dq_full(), visit.dq_parity());
         visit.advance();
-        u32* counter = nullptr;
-        u32 turn = 0;
-        if constexpr (C::TURNS) {
-            // Cumulative lengths that contradict themselves leave out blocks; nothing is promised then.
-            const bool waits = !C::PACKED || !packed::is_bad(p.options);
-            counter = p.dq_turns + turn_place<C>(p, keys.work.batch, query_head, here.q_start, row);
-            turn = turn_of<C>(p, keys, keys.mask(p, head), tile);
-            while (waits && ld_acquire_global(counter) != turn) {
-            }
-            fence_proxy_async_global();
-        }
+        const Turn<C> turn(p, keys, here, head, row);
         bulk_reduce_add_f32(p.dq_accum + first * C::HEAD_DIM, layout.dq(), rows * C::HEAD_DIM * 4);
         bulk_commit();
         bulk_wait_read<0>();
@@ -123,7 +135,7 @@ DEV void reduce_everything(const BackwardSm90Params& p, const Layout<C>& layout)
         if constexpr (C::TURNS) {
             bulk_wait<0>();
             fence_proxy_async_global();
-            st_release_global(counter, turn + 1);
+            turn.pass();
         }
     });
     bulk_wait<0>();
@@ -139,16 +151,7 @@ template <class C> DEV void reduce_slabs(const BackwardSm90Params& p, const Layo
         const int query_head = keys.work.head * p.shape.group + head, row = tile * C::BLOCK_Q;
         const i64 first = ::statistics_row<C>(p, keys.work, query_head) + here.q_start + row;
         const int rows = min(C::BLOCK_Q, here.q_len - row);
-        u32* counter = nullptr;
-        u32 turn = 0;
-        if constexpr (C::TURNS) {
-            counter = p.dq_turns + turn_place<C>(p, keys.work.batch, query_head, here.q_start, row);
-            turn = turn_of<C>(p, keys, keys.mask(p, head), tile);
-            const bool waits = !C::PACKED || !packed::is_bad(p.options);
-            while (waits && ld_acquire_global(counter) != turn) {
-            }
-            fence_proxy_async_global();
-        }
+        const Turn<C> turn(p, keys, here, head, row);
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; ++slab) {
             mbarrier_wait(layout.dq_full(), visit.dq_parity(SLABS, slab));
@@ -166,7 +169,7 @@ template <class C> DEV void reduce_slabs(const BackwardSm90Params& p, const Layo
             bulk_wait<0>();
             fence_proxy_async_global();
             __syncwarp();
-            if (elect_one()) st_release_global(counter, turn + 1);
+            if (elect_one()) turn.pass();
         }
     });
     bulk_wait<0>();

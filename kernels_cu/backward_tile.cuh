@@ -88,24 +88,7 @@ DEV void multiply_transposed(Accumulator<M16, N8, typename Element::Real>& score
 template <class Element, class TileB, int M16, int N8, class Real>
 DEV void multiply(Accumulator<M16, TileB::COLUMNS / 8, Real>& gradient,
                   const Accumulator<M16, N8, Real>& scores, u32 b_smem) {
-    if constexpr (wide::MULTIPLIES_BY_LANES<Element>)
-        return wide::multiply_add<TileB, false>(gradient, scores, b_smem, TileB::COLUMNS);
-    const u32 b_lane = lane_b_trans<TileB>(b_smem);
-#pragma unroll
-    for (int k = 0; k < N8 / 2; ++k) {
-        typename Element::Operand a_rmem[M16];
-#pragma unroll
-        for (int m = 0; m < M16; ++m) accumulator_to_a<Element>(a_rmem[m], scores, m, k);
-#pragma unroll
-        for (int n = 0; n < TileB::COLUMNS; n += 16) {
-            typename Element::Operand b_rmem;
-            load_b_trans<TileB>(b_rmem, b_lane, 16 * k, n);
-#pragma unroll
-            for (int m = 0; m < M16; ++m)
-                Element::multiply(gradient.x[m][n / 8], gradient.x[m][n / 8 + 1], a_rmem[m],
-                                  b_rmem);
-        }
-    }
+    wide::multiply_part<Element, TileB, false>(gradient, scores, b_smem, TileB::COLUMNS);
 }
 
 // P of one pair. lse_log2 is rounded, so for huge logits the difference may come out positive: P
