@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,15 +135,13 @@ def test_rank_1_has_no_strides(driver: Driver) -> None:
 def test_axes_of_extent_one_have_strides_that_fit_the_others() -> None:
     """Nothing steps along them, and a driver that compares strides with each other finds nothing to refuse."""
 
-    class Asked:
-        dtype, batch = "float16", (1, 3)
-
-    rows: Any = Views(Asked, {"q": View((1, 3, 1, 50, 40), (0, 9000, 0, 60, 1), False)})  # type: ignore[arg-type]
-    found = layout_of(Asked, rows, "q", 64)  # type: ignore[arg-type]
+    asked: Any = SimpleNamespace(dtype="float16", batch=(1, 3))
+    rows: Any = Views(asked, {"q": View((1, 3, 1, 50, 40), (0, 9000, 0, 60, 1), False)})
+    found = layout_of(asked, rows, "q", 64)
     assert found.dims == (40, 50, 1, 3, 1)
     assert found.strides == (120, 6000, 18000, 54000)
-    single: Any = Views(Asked, {"q": View((1, 3, 1, 1, 40), (0, 9000, 0, 0, 1), False)})  # type: ignore[arg-type]
-    assert layout_of(Asked, single, "q", 64).strides == (80, 80, 18000, 54000)  # type: ignore[arg-type]
+    single: Any = Views(asked, {"q": View((1, 3, 1, 1, 40), (0, 9000, 0, 0, 1), False)})
+    assert layout_of(asked, single, "q", 64).strides == (80, 80, 18000, 54000)
 
 
 def test_maps_in_params_lie_where_kernels_declare_them() -> None:
